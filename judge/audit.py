@@ -1,0 +1,38 @@
+"""Does the ledger say what git has? The chain of hashes, every row's commit, kept ones on the branch."""
+
+from pathlib import Path
+
+from judge import ledger
+from judge.transaction import LEDGER, Refused, Repository
+
+
+def audit(folder: Path) -> list[str]:
+    """Everything that does not hold, a line each, the row named; empty when all holds."""
+    try:
+        rows = ledger.read(folder / LEDGER)
+    except ledger.LedgerError as error:
+        return [str(error)]
+    try:
+        repository = Repository(folder)
+        repository.unpack_archive()
+        repository.ledger_text()
+    except Refused as error:
+        return [str(error)]
+    findings = []
+    champions: dict[int, float] = {}
+    for line, row in enumerate(rows, 2):
+        where = f"{LEDGER}:{line}: row {row.number} ({row.status})"
+        if not repository.has_commit(row.commit):
+            findings.append(f"{where}: commit {row.commit} does not exist here, nor in the archive")
+        elif row.status == "PASS" and not repository.is_on_branch(row.commit):
+            findings.append(f"{where}: kept, but commit {row.commit} is not on the branch")
+        elif repository.file_at(row.commit, "kernel.py") is None:
+            findings.append(f"{where}: commit {row.commit} has no kernel.py")
+        if row.status == "PASS":
+            if row.score is None:
+                findings.append(f"{where}: kept without a score")
+            elif row.mode == "model" and row.lineage in champions and row.score <= champions[row.lineage]:
+                findings.append(f"{where}: kept with a score not above its champion's")
+            else:
+                champions[row.lineage] = row.score
+    return findings

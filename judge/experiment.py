@@ -1,0 +1,239 @@
+"""One experiment from edit to ledger row: what ./ratchet.sh runs."""
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from judge import decide, ledger, pipeline, profile, report_lines
+from judge.chips import Chip
+from judge.contract import ContractError, Source, check_source
+from judge.measure.manager import chip_attached
+from judge.transaction import KERNEL, LEDGER, Candidate, Refused, Repository, exclusive
+
+JUDGE_FILES = ("prepare.py", "ratchet.sh", "setup.sh", "requirements.lock")
+MAX_NOTE = 2000
+# A program that failed for these may do better another time, so its hash says nothing.
+_WORTH_RETRYING = ("FAIL_TIMEOUT", "FAIL_CRASH")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What is printed and returned."""
+
+    row: ledger.Row
+    verdict: pipeline.Verdict
+    lines: list[str]
+    exit_code: int
+
+    def as_json(self) -> dict[str, Any]:
+        result = self.verdict.as_json() | {"status": self.row.status, "reason": self.row.reason}
+        return result | {"commit": self.row.commit, "number": self.row.number, "lineage": self.row.lineage}
+
+
+def resolve_mode(mode: str, device: str = "tpu") -> str:
+    """auto → chip where a TPU is attached, else model. Raises CannotJudge for chip without one."""
+    attached = chip_attached() or device == "cpu"
+    if mode == "chip" and not attached:
+        raise pipeline.CannotJudge("no TPU is attached to this machine; --mode model predicts without one")
+    return mode if mode != "auto" else ("chip" if attached and device == "tpu" else "model")
+
+
+def judge_sha256(folder: Path) -> str:
+    """Hash of everything that judges: judge/ with its data, the commands, the locked versions."""
+    files = [folder / name for name in JUDGE_FILES if (folder / name).exists()]
+    files += [path for path in (folder / "judge").rglob("*") if path.suffix in (".py", ".toml")]
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """What ./ratchet.sh was asked for."""
+
+    note: str
+    new_baseline: bool
+    chip: Chip
+    mode: str  # model or chip
+    deep: bool = False
+    limits: pipeline.Limits = field(default_factory=pipeline.Limits)
+    keep: Path | None = None  # where artifacts, dumps and logs stay
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lineage:
+    """Where an experiment stands: the number its row gets, the sealed problem, the champion."""
+
+    number: int
+    asked_for: bool  # by --new-baseline
+    rows: list[ledger.Row]
+    baseline: ledger.Row | None
+    champion: ledger.Row | None
+
+
+def find_lineage(rows: list[ledger.Row], chip: str, mode: str, *, new_baseline: bool) -> Lineage:
+    """The newest lineage on this chip in this mode; a new one where there is none, or one is asked for."""
+    newest = ledger.lineage_of(rows, chip, mode)
+    if newest is None or new_baseline:
+        number = max((row.lineage for row in rows), default=0) + 1
+        return Lineage(number=number, asked_for=new_baseline, rows=[], baseline=None, champion=None)
+    kept = ledger.kept(rows, newest)
+    mine = [row for row in rows if row.lineage == newest]
+    return Lineage(
+        number=newest,
+        asked_for=False,
+        rows=mine,
+        baseline=kept[0] if kept else None,
+        champion=kept[-1] if kept else None,
+    )
+
+
+def run(folder: Path, experiment: Experiment) -> Outcome:
+    """Judges the edit in kernel.py and records it. Raises Refused, LedgerError or CannotJudge, with nothing changed."""
+    if not experiment.note.strip():
+        raise Refused('say what you expect and why: ./ratchet.sh "hypothesis"')
+    if len(experiment.note) > MAX_NOTE:
+        raise Refused(f"the note has {len(experiment.note)} characters; keep it under {MAX_NOTE}")
+    repository = Repository(folder)
+    with exclusive(folder):
+        repository.finish_interrupted()
+        repository.check_ready()
+        rows = ledger.parse(repository.ledger_text())
+        lineage = find_lineage(rows, experiment.chip.name, experiment.mode, new_baseline=experiment.new_baseline)
+        candidate = repository.candidate(experiment.note)
+        if lineage.champion and lineage.champion.judge_sha256 != judge_sha256(folder):
+            pipeline.print_progress(
+                "note: the champion was judged by another version of the judge; if its figures no longer compare, "
+                './ratchet.sh --new-baseline "why" starts a lineage'
+            )
+        verdict = _judge(repository, candidate, lineage, rows, experiment)
+        row = _row(folder, candidate, verdict, lineage, rows, experiment.note)
+        repository.record(candidate, row, keep_edit=experiment.new_baseline)
+    champion = lineage.champion
+    confirmed = row.status == decide.DUPLICATE and champion is not None and champion.commit == row.commit
+    exit_code = 0 if row.status == decide.PASS or confirmed else 1
+    lines = _lines(row, verdict, candidate, keep_edit=experiment.new_baseline)
+    return Outcome(row=row, verdict=verdict, lines=lines, exit_code=exit_code)
+
+
+def _judge(
+    repository: Repository, candidate: Candidate, lineage: Lineage, rows: list[ledger.Row], experiment: Experiment
+) -> pipeline.Verdict:
+    """The stages' verdict, or what the comparison with the champion makes of it."""
+    chip, champion = experiment.chip, lineage.champion
+    try:
+        source = check_source(candidate.data, KERNEL)
+        sealed = _sealed(repository, lineage, rows, source)
+    except ContractError as error:
+        return pipeline.Verdict(status="FAIL_CONTRACT", mode=experiment.mode, chip=chip.name, reason=str(error))
+    task = pipeline.Task(
+        candidate=source,
+        sealed=sealed,
+        chip=chip,
+        mode=experiment.mode,
+        limits=experiment.limits,
+        champion=repository.source_at(champion.commit) if champion and experiment.mode == "chip" else None,
+        deep=experiment.deep,
+    )
+    confirming = candidate.unchanged and champion is not None and champion.commit == candidate.commit
+    with pipeline.private_folder(experiment.keep) as folder:
+        judging = pipeline.Judging(task, folder, pipeline.print_progress)
+        judge = judge_sha256(repository.folder)
+        verdict = judging.run(lambda program: None if confirming else _known(program, lineage.rows, judge))
+        profile.save(repository.folder, f"{len(rows) + 1:05d}-{chip.name}-{candidate.commit[:8]}", judging, verdict)
+    if verdict.status != decide.PASS or verdict.total is None:
+        return verdict
+    if confirming:
+        verdict.status, verdict.reason = decide.DUPLICATE, "kernel.py is the champion, unchanged: judged again"
+        return verdict
+    times = {name: one.latency_ms for name, one in verdict.workloads.items()}
+    champion_ms = judging.champion_ms or (champion.workload_ms if champion else None)
+    decision = decide.decide(verdict.total, times, champion_ms, mode=experiment.mode)
+    verdict.status, verdict.reason = decision.status, decision.reason
+    return verdict
+
+
+def _known(program_sha256: str, rows: list[ledger.Row], judge: str) -> str | None:
+    """Which row of the lineage has this very program, if its verdict would not change: a later judge may time it."""
+    for row in reversed(rows):
+        outdated = row.status in decide.FAILURES and row.judge_sha256 != judge
+        if row.artifact_sha256 == program_sha256 and row.status not in _WORTH_RETRYING and not outdated:
+            score = "" if row.score is None else f", score {row.score:.6g}"
+            return f"the same compiled program as row {row.number} ({row.commit[:12]}, {row.status}{score})"
+    return None
+
+
+def _sealed(repository: Repository, lineage: Lineage, rows: list[ledger.Row], source: Source) -> Source:
+    """The lineage's oracle: its baseline's kernel.py.
+
+    The first experiment on a chip is its lineage's baseline, but may not change the problem on the quiet: it is held
+    to the newest baseline of any chip. A new baseline that is asked for seals itself.
+    """
+    baseline = lineage.baseline
+    if baseline is None and not lineage.asked_for:
+        newest = max((row.lineage for row in rows if row.status == decide.PASS), default=None)
+        baseline = next(iter(ledger.kept(rows, newest)), None)
+    return source if baseline is None else repository.source_at(baseline.commit)
+
+
+def _row(
+    folder: Path,
+    candidate: Candidate,
+    verdict: pipeline.Verdict,
+    lineage: Lineage,
+    rows: list[ledger.Row],
+    note: str,
+) -> ledger.Row:
+    total = verdict.total
+    workloads = ";".join(
+        f"{name}:{one.latency_ms:.9g}:{one.util_pct:.6g}:{one.mfu_pct:.6g}:{one.mbu_pct:.6g}"
+        for name, one in verdict.workloads.items()
+    )
+    return ledger.Row(
+        commit=candidate.commit,
+        score=total.score if total else None,
+        status=verdict.status,
+        median_ms=total.latency_ms if total else None,
+        util_pct=total.util_pct if total else None,
+        tflops=total.tflops if total else None,
+        regime=total.regime if total else "",
+        bw_util_pct=total.bw_util_pct if total else None,
+        note=note,
+        number=len(rows) + 1,
+        lineage=lineage.number,
+        chip=verdict.chip,
+        mode=verdict.mode,
+        mfu_pct=total.mfu_pct if total else None,
+        mbu_pct=total.mbu_pct if total else None,
+        workloads=workloads,
+        vmem_mib=None if verdict.vmem_bytes is None else verdict.vmem_bytes / 2**20,
+        spill_count=verdict.spill_count,
+        copy_count=verdict.copy_count,
+        seconds=round(verdict.seconds, 1),
+        parent_commit=candidate.parent,
+        artifact_sha256=verdict.program_sha256,
+        judge_sha256=judge_sha256(folder),
+        reason=verdict.reason,
+    )
+
+
+def _lines(row: ledger.Row, verdict: pipeline.Verdict, candidate: Candidate, *, keep_edit: bool) -> list[str]:
+    """The summary, with what became of the edit."""
+    lines = report_lines.summary(verdict)
+    lines += [
+        f"commit: {row.commit}",
+        f"number: {row.number}",
+        f"lineage: {row.lineage}",
+        f"judge_sha256: {row.judge_sha256}",
+    ]
+    if candidate.unchanged:
+        outcome = "kernel.py is as committed; edit it for the next experiment"
+    elif row.status == decide.PASS:
+        outcome = "kept"
+    elif keep_edit:
+        outcome = f"no baseline: {KERNEL} is as you left it"
+    else:
+        outcome = f"not kept: {KERNEL} is the champion's again; git show {row.commit[:12]} has the attempt"
+    return [*lines, f"outcome: {outcome}", f"ledger: {LEDGER} row {row.number}"]

@@ -1,0 +1,347 @@
+"""Executes a compiled schedule on a machine described as data and counts its cycles.
+
+Covered: scalars, predicates, SMEM with the real prefetched arrays, branches with their delay slots, sync flags, and
+asynchronous DMAs that share one HBM path and complete on their flag. Every bundle costs a cycle.
+Not covered: stalls on vector, matrix and transpose results, VMEM port conflicts, a second core, copies between chips.
+A value that comes from vector registers is UNKNOWN: it may be computed with, but not steer a branch, an address or a
+size. Anything unknown raises; there is never a silent guess.
+"""
+
+import re
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from judge.llo.machine import Machine
+from judge.llo.parse import Allocation, Dump
+from judge.llo.translate import Translator
+
+
+class ExecutionError(Exception):
+    """The program cannot be timed: the message says where and why."""
+
+
+class _Unknown:
+    """A scalar whose value the executor cannot know; contagious, and an error where it would steer."""
+
+    def _same(self, *_: Any) -> "_Unknown":
+        return self
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __and__ = __rand__ = __or__ = __ror__ = _same
+    __xor__ = __rxor__ = __lshift__ = __rlshift__ = __rshift__ = __rrshift__ = __mod__ = __rmod__ = _same
+    __floordiv__ = __rfloordiv__ = __lt__ = __le__ = __gt__ = __ge__ = _same
+    __eq__ = __ne__ = _same  # type: ignore[assignment]
+    __hash__ = None  # type: ignore[assignment]
+
+    def __bool__(self) -> bool:
+        raise ExecutionError("a branch, predicate or address depends on a value that no scalar input gives")
+
+    def __index__(self) -> int:
+        raise ExecutionError("an address or size depends on a value that no scalar input gives")
+
+
+UNKNOWN = _Unknown()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DmaRecord:
+    """One copy: times in cycles since the program's start."""
+
+    kind: str
+    issue_cycle: float
+    transfer_cycle: float  # its turn on the shared path begins
+    transferred_cycle: float  # and ends
+    done_cycle: float  # its flag is raised
+    size_bytes: int
+    flag: int
+
+
+@dataclass(kw_only=True)
+class Execution:
+    """What one run of a program did."""
+
+    cycles: float = 0.0
+    hbm_read_bytes: int = 0
+    hbm_written_bytes: int = 0
+    dma_count: int = 0
+    dma_wait_cycles: float = 0.0
+    bundle_runs: Counter[int] = field(default_factory=Counter)  # block address → runs
+    block_bundles: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    dmas: list[DmaRecord] = field(default_factory=list)  # the first `_RECORDED`
+    blocks: list[tuple[int, float, float]] = field(default_factory=list)  # (address, start, end), long ones
+
+    def slot_uses(self, rows: list[tuple[int, ...]]) -> np.ndarray:
+        """Slots of each unit executed: Σ over bundles of runs × slots used. `rows`: parse_utilization's second."""
+        runs = np.zeros(len(rows), np.int64)
+        for address, count in self.bundle_runs.items():
+            runs[list(self.block_bundles[address])] += count
+        return runs @ np.asarray(rows, np.int64)
+
+
+_SMEM_WORDS = 1 << 18
+_SMEM_SCOPED = 1 << 12  # first word of the program's own buffers
+_VMEM_ROW_BYTES = 512
+_RECORDED = 50_000
+_BLOCK_BUNDLES_SHOWN = 64  # shorter blocks would drown the timeline
+_MAX_BLOCK_RUNS = 300_000_000
+
+
+class _Core:
+    """Memory, flags and the DMA engine: what the translated blocks call as `M`."""
+
+    def __init__(self, machine: Machine, dump: Dump, result: Execution) -> None:
+        self.machine = machine
+        self.dump = dump
+        self.result = result
+        self.smem: list[Any] = [UNKNOWN] * _SMEM_WORDS
+        self.smem[0] = 0  # chip id
+        self.smem[1] = 0  # core index
+        self.flags: Counter[int] = Counter()
+        self.pending: dict[int, list[tuple[float, int]]] = {}
+        self.path_free = 0.0
+        self.operands: dict[int, Any] = {}  # index → register value
+        self.contents: list[tuple[int, int, np.ndarray]] = []  # (first granule, granules, words)
+
+    # --- SMEM ---
+
+    def load(self, address: int) -> Any:
+        if not 0 <= address < _SMEM_WORDS:
+            raise ExecutionError(f"SMEM index {address} is out of range")
+        return self.smem[address]
+
+    def store(self, address: int, value: Any) -> None:
+        if not 0 <= address < _SMEM_WORDS:
+            raise ExecutionError(f"SMEM index {address} is out of range")
+        self.smem[address] = value
+
+    def operand(self, index: int) -> Any:
+        if index not in self.operands:
+            raise ExecutionError(f"the program reads operand {index}, which the module does not pass")
+        return self.operands[index]
+
+    # --- sync flags ---
+
+    def _settle(self, flag: int, now: float) -> None:
+        waiting = self.pending.get(flag)
+        while waiting and waiting[0][0] <= now:
+            self.flags[flag] += waiting.pop(0)[1]
+
+    def read_flag(self, flag: int, now: float) -> int:
+        flag = flag.__index__()
+        self._settle(flag, now)
+        return self.flags[flag] & 0xFFFFFFFF
+
+    def set_flag(self, flag: int) -> None:
+        self.flags[flag.__index__()] = 0
+
+    def add_flag(self, flag: int, count: int) -> None:
+        self.flags[flag.__index__()] += _signed(count.__index__())
+
+    def wait(self, flag: int, count: int, now: float) -> float:
+        """Time at which the flag has reached `count`: now, or when the copies it needs are done."""
+        flag, count = flag.__index__(), _signed(count.__index__())
+        self._settle(flag, now)
+        start = now
+        waiting = self.pending.get(flag, [])
+        while self.flags[flag] < count:
+            if not waiting:
+                raise ExecutionError(
+                    f"deadlock: sync flag {flag} is {self.flags[flag]}, waited for {count}, no copy due"
+                )
+            now, granules = waiting.pop(0)
+            self.flags[flag] += granules
+        now += self.machine.wait_cycles - 1  # the bundle itself is the other cycle
+        self.result.dma_wait_cycles += now - start
+        return now
+
+    # --- DMA ---
+
+    def copy(self, kind: str, source: int, target: int, granules: int, flag: int, now: float) -> None:
+        """Starts a copy: it takes its turn on the shared path, then its latency, then adds its granules to `flag`."""
+        granules, flag = granules.__index__(), flag.__index__()
+        cost = self.machine.dma[kind]
+        size_bytes = granules * self.machine.granule_bytes
+        start = max(now, self.path_free)
+        self.path_free = start + size_bytes / cost.bytes_per_cycle
+        done = self.path_free + cost.latency_cycles
+        result = self.result
+        result.dma_count += 1
+        from_space, _, to_space = kind.partition("_to_")
+        result.hbm_read_bytes += size_bytes * (from_space == "hbm")
+        result.hbm_written_bytes += size_bytes * (to_space == "hbm")
+        if to_space == "smem":
+            self._fill_smem(source, target.__index__(), granules)
+        waiting = self.pending.setdefault(flag, [])
+        waiting.append((done, granules))
+        if len(waiting) > 1 and waiting[-2][0] > done:
+            waiting.sort()
+        if len(result.dmas) < _RECORDED:
+            result.dmas.append(
+                DmaRecord(
+                    kind=kind,
+                    issue_cycle=now,
+                    transfer_cycle=start,
+                    transferred_cycle=self.path_free,
+                    done_cycle=done,
+                    size_bytes=size_bytes,
+                    flag=flag,
+                )
+            )
+
+    def _fill_smem(self, source: int, target: int, granules: int) -> None:
+        words = granules * self.machine.granule_bytes // 4
+        if not 0 <= target <= _SMEM_WORDS - words:
+            raise ExecutionError(f"a copy writes SMEM words {target} to {target + words}, out of range")
+        self.smem[target : target + words] = [UNKNOWN] * words
+        for first, count, values in self.contents:
+            if first <= source < first + count:
+                offset = (source - first) * self.machine.granule_bytes // 4
+                known = values[offset : offset + words].view(np.uint32).tolist()
+                self.smem[target : target + len(known)] = known
+
+    def halt(self, address: int, line: int) -> None:
+        raise ExecutionError(
+            f"{self.dump.path.name}:{line}: the program halts itself at bundle {address:#x} (shalt.err)"
+        )
+
+    def check_exit(self) -> None:
+        """Every copy that was started must have been waited for: its time would otherwise be free."""
+        for flag, waiting in self.pending.items():
+            if waiting:
+                raise ExecutionError(f"{len(waiting)} copies on sync flag {flag} are never waited for")
+
+
+def execute(
+    dump: Dump,
+    allocations: dict[str, Allocation],
+    words: dict[int, np.ndarray],
+    machine: Machine,
+    *,
+    limit_seconds: float = 120.0,
+) -> Execution:
+    """Runs one program from its first bundle to its exit.
+
+    `words`: operand index → its 32-bit words as they lie in memory, for operands whose values are known; the program
+    may copy them to SMEM and steer by them. Raises ExecutionError, or Untranslatable from the translation, where no
+    total can be given; also when it runs longer than `limit_seconds`.
+    """
+    result = Execution()
+    core = _Core(machine, dump, result)
+    symbols = _place_allocations(dump, allocations)
+    _place_operands(core, words)
+    blocks = Translator(dump, machine, symbols).blocks()
+    result.block_bundles = {address: block.bundle_indices for address, block in blocks.items()}
+    functions = _compile(blocks)
+    long_blocks = {address for address, block in blocks.items() if len(block.bundle_indices) >= _BLOCK_BUNDLES_SHOWN}
+    scalars: list[Any] = [UNKNOWN] * 32
+    predicates: list[Any] = [UNKNOWN] * 32
+    results: dict[str, Any] = {}
+    runs = result.bundle_runs
+    deadline = time.monotonic() + limit_seconds
+    now, address, count = 0.0, 0, 0
+    while address >= 0:
+        function = functions.get(address)
+        if function is None:
+            if address == len(dump.bundles):
+                break
+            raise ExecutionError(f"{dump.path.name}: control reaches bundle {address:#x}, where no block begins")
+        runs[address] += 1
+        start, here = now, address
+        try:
+            address, now = function(core, scalars, predicates, results, now)
+        except ExecutionError as error:
+            raise ExecutionError(f"{dump.path.name}: in the block at bundle {here:#x}: {error}") from None
+        if here in long_blocks and len(result.blocks) < _RECORDED:
+            result.blocks.append((here, start, now))
+        count += 1
+        if count % 65536 == 0 and (time.monotonic() > deadline or count > _MAX_BLOCK_RUNS):
+            raise ExecutionError(f"{dump.path.name}: still running after {now:.3g} cycles; the loop may never end")
+    core.check_exit()
+    result.cycles = now
+    return result
+
+
+def _signed(word: Any) -> Any:
+    return word if word is UNKNOWN else word - ((word & 0x80000000) << 1)
+
+
+def _divided(dividend: Any, divisor: Any, kind: str) -> list[Any]:
+    """Results of a division in the order in which they are popped; what the chip gives for ÷ 0 is not known."""
+    if dividend is UNKNOWN or divisor is UNKNOWN or divisor == 0:
+        return [UNKNOWN, UNKNOWN]
+    quotient, remainder = divmod(dividend, divisor)
+    return {"kind=kDiv": [quotient], "kind=kRem": [remainder], "kind=kDivAndRem": [quotient, remainder]}[kind]
+
+
+def _popped(results: Any) -> Any:
+    if results is UNKNOWN:
+        return UNKNOWN
+    if not results:
+        raise ExecutionError("a division's result is popped twice")
+    return results.pop(0)
+
+
+def _compile(blocks: dict[int, Any]) -> dict[int, Any]:
+    scope: dict[str, Any] = {
+        "UNKNOWN": UNKNOWN,
+        "signed": _signed,
+        "divided": _divided,
+        "popped": _popped,
+        "distance": lambda x: x if x is UNKNOWN or x < 32 else UNKNOWN,
+        "least": lambda a, b: a if a is UNKNOWN else b if b is UNKNOWN else min(a, b),
+        "greatest": lambda a, b: a if a is UNKNOWN else b if b is UNKNOWN else max(a, b),
+    }
+    exec(compile("\n".join(block.source for block in blocks.values()), "<schedule>", "exec"), scope)
+    return {address: scope[f"block_{address}"] for address in blocks}
+
+
+_SYMBOL = re.compile(r"#(allocation\w+)")
+
+
+def _place_allocations(dump: Dump, allocations: dict[str, Allocation]) -> dict[str, int]:
+    """Addresses of the program's buffers, in their space's units, laid one after the other; spill slots at the end."""
+    symbols: dict[str, int] = {}
+    free = {"smem": _SMEM_SCOPED, "sflag": 64, "vmem": 0}
+    unit_bytes = {"smem": 4, "sflag": 4, "vmem": _VMEM_ROW_BYTES}
+    for name, allocation in allocations.items():
+        space = allocation.space
+        if allocation.fixed:
+            symbols[name] = allocation.offset_bytes // 4
+        elif space in free:
+            symbols[name] = free[space]
+            free[space] += -(-allocation.size_bytes // unit_bytes[space])
+    names = {name for bundle in dump.bundles for slot in bundle.slots for name in _SYMBOL.findall(slot.rest)}
+    for name in sorted(names - symbols.keys()):
+        if name.endswith("_spill"):
+            symbols[name] = free["smem"]
+            free["smem"] += 1
+    return symbols
+
+
+_OPERAND = re.compile(r"index: (\d+)")
+
+
+def _place_operands(core: _Core, words: dict[int, np.ndarray]) -> None:
+    """Gives every operand an address of its own, in the unit that its register holds, far enough from the next."""
+    granule = core.machine.granule_bytes
+    for bundle in core.dump.bundles:
+        for slot in bundle.slots:
+            if not slot.opcode.startswith("inlined_call_operand."):
+                continue
+            match = _OPERAND.search(slot.rest)
+            space = slot.opcode.partition(".")[2]
+            if match is None or space not in ("hbm", "vmem", "smem", ""):
+                raise ExecutionError(f"{core.dump.path.name}:{bundle.line}: unknown operand {slot.opcode} {slot.rest}")
+            index = int(match[1])
+            known = words.get(index)
+            if space in ("", "smem"):
+                core.operands[index] = int(known[0]) & 0xFFFFFFFF if known is not None and space == "" else UNKNOWN
+                continue
+            first = (index + 1) << 23  # granules; 256 MiB apart, shared by no two operands
+            unit = core.machine.hbm_pointer_bytes if space == "hbm" else _VMEM_ROW_BYTES
+            core.operands[index] = first * granule // unit
+            if known is not None:
+                core.contents.append((first, 1 << 23, np.ascontiguousarray(known, np.int32)))

@@ -1,0 +1,178 @@
+"""The TPU compiler's final schedule (`*-final_bundles.txt`) as typed records.
+
+A dump is one VLIW bundle a line, `ADDR [label] : [>…] { slot ;; slot … }`, with comments that may span lines and
+nest. The comments carry structure: `Start region N` names branch targets, `/*size_in_granules=*/` names arguments.
+Text that does not fit is an error with file and line, never skipped.
+"""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+class ParseError(Exception):
+    """A dump says something that this parser does not know."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Slot:
+    """One instruction: `%<id>_<register> = opcode rest`; `register` is None where the result is not a register."""
+
+    register: str | None  # physical: s0, p3, v12, vm1
+    result: str  # the compiler's own name of the result; FIFO pops refer to it
+    opcode: str
+    rest: str  # operands, predicates and named arguments, as text
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bundle:
+    """The slots that issue in one cycle, and where the bundle stands."""
+
+    address: int
+    line: int
+    label: str  # "", LB, PF, …
+    depth: int  # region nesting; 0 where not printed
+    slots: tuple[Slot, ...]
+    regions: tuple[int, ...]  # regions that start here: targets of sbr.rel
+    opens_region: bool  # one of them has bundles of its own
+    closes_region: bool  # a region that began at an earlier bundle ends here
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allocation:
+    """One buffer of the program: `size_bytes` in `space` (vmem, smem, sflag, hbm …)."""
+
+    name: str
+    space: str
+    size_bytes: int
+    tag: str
+    fixed: bool  # at a fixed address, outside the program's own scoped memory
+    offset_bytes: int  # where it is fixed; 0 otherwise
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dump:
+    """One HLO op's final schedule."""
+
+    path: Path
+    bundles: tuple[Bundle, ...]
+    region_address: dict[int, int] = field(default_factory=dict)
+
+
+_NAMED_ARGUMENT = re.compile(r"/\*([a-zA-Z_0-9]+)=\*/")
+_DIVISION_RESULT = re.compile(r"/\* (k(?:Div|Rem|DivAndRem)) \*/")  # which results of sdivrem are popped
+_BUNDLE = re.compile(r"^\s*(0x[0-9a-f]+|0)\s+([A-Z]{2})?\s*: ([> ]*)\{(.*)\}\s*$", re.S)
+_SLOT = re.compile(r"^%(\w+?)(?:_(s\d+|p\d+|vm\d+|v\d+))? = ([a-zA-Z][\w.\-]*)(.*)$", re.S)
+_REGION = re.compile(r"Start(/End empty)? region (\d+)")
+_REGION_START = re.compile(r"Start region (\d+)")
+_REGION_END = re.compile(r"End region (\d+)")
+_ALLOCATION = re.compile(r"^\s*#(allocation\w+) \[shape = '[^']*', space=(\w+), size = (0x[0-9a-f]+|0),?(.*)\]\s*$")
+_TAG = re.compile(r"tag = '([^']*)'")
+_OFFSET = re.compile(r"offset = (0x[0-9a-f]+|0)\b")
+_HEADER = re.compile(r"^(= control target key (start|end)|[A-Z]{2}: [a-z ]+|)$")
+
+
+def parse_dump(path: Path) -> Dump:
+    """The bundles of one dump, addresses checked to be consecutive.
+
+    Raises ParseError for any line that is neither the key, a bundle nor part of a bundle's comments.
+    """
+    bundles: list[Bundle] = []
+    for line, code, comment in _statements(path):
+        match = _BUNDLE.match(code)
+        if match is None:
+            raise ParseError(f"{path.name}:{line}: not a bundle: {code.strip()[:120]!r}")
+        address, label, nesting, body = match.groups()
+        if int(address, 16) != len(bundles):
+            raise ParseError(f"{path.name}:{line}: address {address} where {len(bundles):#x} was expected")
+        bundles.append(
+            Bundle(
+                address=len(bundles),
+                line=line,
+                label=label or "",
+                depth=nesting.count(">"),
+                slots=tuple(_slot(path, line, text) for text in body.split(";;") if text.strip()),
+                regions=tuple(int(region) for _, region in _REGION.findall(comment)),
+                opens_region="Start region" in comment,
+                closes_region=bool(set(_REGION_END.findall(comment)) - set(_REGION_START.findall(comment))),
+            )
+        )
+    if not bundles:
+        raise ParseError(f"{path.name}: no bundles")
+    region_address = {region: bundle.address for bundle in bundles for region in bundle.regions}
+    return Dump(path=path, bundles=tuple(bundles), region_address=region_address)
+
+
+def _slot(path: Path, line: int, text: str) -> Slot:
+    match = _SLOT.match(text.strip())
+    if match is None:
+        raise ParseError(f"{path.name}:{line}: not an instruction: {text.strip()[:120]!r}")
+    result, register, opcode, rest = match.groups()
+    return Slot(register=register, result=result, opcode=opcode, rest=" ".join(rest.split()))
+
+
+def _statements(path: Path) -> list[tuple[int, str, str]]:
+    """(line, code, comments) of each bundle, comments (which nest and span lines) taken out of the code."""
+    statements: list[tuple[int, list[str], list[str]]] = []
+    depth = 0
+    for number, raw in enumerate(path.read_text().splitlines(), 1):
+        text = _DIVISION_RESULT.sub(r", kind=\1", _NAMED_ARGUMENT.sub(r" \1=", raw))
+        if depth == 0:
+            if _HEADER.match(text.strip()):
+                continue
+            statements.append((number, [], []))
+        for piece in re.split(r"(/\*|\*/)", text):
+            if piece == "/*":
+                depth += 1
+            elif piece == "*/":
+                depth -= 1
+                if depth < 0:
+                    raise ParseError(f"{path.name}:{number}: a comment ends that never began")
+            else:
+                _, code, comments = statements[-1]
+                (comments if depth else code).append(piece)
+    if depth:
+        raise ParseError(f"{path.name}: a comment never ends")
+    return [(number, "".join(code), " ".join(comment)) for number, code, comment in statements]
+
+
+def parse_allocations(path: Path) -> dict[str, Allocation]:
+    """Name → buffer, from `*-pre-finalize-registers-and-allocations.txt`."""
+    allocations = {}
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if not line.lstrip().startswith("#allocation"):
+            continue
+        match = _ALLOCATION.match(line)
+        if match is None:
+            raise ParseError(f"{path.name}:{number}: not an allocation: {line.strip()[:120]!r}")
+        name, space, size, rest = match.groups()
+        tag, offset = _TAG.search(rest), _OFFSET.search(rest)
+        allocations[name] = Allocation(
+            name=name,
+            space=space,
+            size_bytes=int(size, 16),
+            tag=tag[1] if tag else "",
+            fixed="fixed_abs" in rest,
+            offset_bytes=int(offset[1], 16) if offset else 0,
+        )
+    return allocations
+
+
+def parse_utilization(path: Path) -> tuple[dict[str, int], list[tuple[int, ...]]]:
+    """(slots of each unit in a bundle, slots used in each bundle), from `*-per-bundle-utilization.txt`.
+
+    Units are the file's columns: MXU or MATMUL and MATPUSH, XLU, VALU, VPOP, EUP, VLOAD, VLOAD:FILL, VSTORE,
+    VSTORE:SPILL, SALU.
+    """
+    lines = path.read_text().splitlines()
+    try:
+        start = next(i for i, line in enumerate(lines) if line.startswith("== CAP"))
+        units = [name.strip() for name in lines[start + 1].split(",")]
+        capacity = dict(zip(units, map(int, lines[start + 2].split()), strict=True))
+        first = next(i for i, line in enumerate(lines) if line.startswith("== UTIL")) + 1
+        rows = [tuple(map(int, line.split())) for line in lines[first:] if line.strip()]
+    except (StopIteration, IndexError, ValueError) as error:
+        raise ParseError(f"{path.name}: not a per-bundle utilisation table: {error}") from error
+    if any(len(row) != len(units) for row in rows):
+        raise ParseError(f"{path.name}: a row does not have {len(units)} columns")
+    return capacity, rows

@@ -1,0 +1,405 @@
+"""One candidate through the stages, in order of cost; the first that fails decides.
+
+    contract → worker → compile ∥ correctness → duplicate → cycles or measurement → roofline
+
+The kernel file runs in worker.py's process only, the sealed file in oracle.py's, the compiler in compile.py's. This
+process imports none of them.
+"""
+
+import hashlib
+import json
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from judge import contract, decide, roofline
+from judge.chips import Chip
+from judge.llo.execute import ExecutionError
+from judge.llo.machine import load_machine
+from judge.llo.module import ModuleCost, module_cost
+from judge.llo.parse import ParseError
+from judge.llo.translate import Untranslatable
+from judge.measure import manager
+from judge.sandbox import Process
+
+HERE = Path(__file__).resolve().parent
+
+
+class CannotJudge(Exception):
+    """The tool itself could not judge: exit code 2, with what to do."""
+
+
+class Failed(Exception):
+    """The candidate failed a stage."""
+
+    def __init__(self, status: str, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Wall-clock seconds that a stage may take."""
+
+    trace_seconds: float = 120.0
+    compile_seconds: float = 600.0
+    check_seconds: float = 600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What to judge, and on what."""
+
+    candidate: contract.Source
+    sealed: contract.Source
+    chip: Chip
+    mode: str  # model or chip
+    workloads: tuple[str, ...] = ()  # all of the file's where empty
+    limits: Limits = Limits()
+    device: str = "tpu"  # chip mode: tpu, or cpu to exercise the measuring path without one
+    champion: contract.Source | None = None  # chip mode: timed in turn with the candidate
+    deep: bool = False  # chip mode: record synchronisation too
+
+
+@dataclass(kw_only=True)
+class Verdict:
+    """What the stages found; `status` is PASS for a candidate that nothing failed, before it meets the champion."""
+
+    status: str
+    mode: str
+    chip: str
+    reason: str = ""
+    total: roofline.Figures | None = None
+    workloads: dict[str, roofline.Figures] = field(default_factory=dict)
+    facts: dict[str, dict[str, float]] = field(default_factory=dict)  # workload → bytes, cycles, counts
+    vmem_bytes: int | None = None
+    spill_count: int | None = None
+    copy_count: int | None = None
+    program_sha256: str = ""
+    seconds: float = 0.0
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        """The object that --json prints."""
+        total = asdict(self.total) if self.total else dict.fromkeys(roofline.Figures.__dataclass_fields__)
+        result: dict[str, Any] = {"status": self.status, "mode": self.mode, "chip": self.chip, **total}
+        if self.reason:
+            result["reason"] = self.reason
+        result |= {
+            "vmem_bytes": self.vmem_bytes,
+            "spill_count": self.spill_count,
+            "copy_count": self.copy_count,
+            "program_sha256": self.program_sha256 or None,
+            "workloads": {name: asdict(f) | self.facts.get(name, {}) for name, f in self.workloads.items()},
+            "stage_seconds": self.stage_seconds,
+            "seconds": self.seconds,
+        }
+        return result
+
+
+class Judging:
+    """One run of the stages in a private folder, `folder`, which is gone afterwards unless it is kept."""
+
+    def __init__(self, task: Task, folder: Path, progress: Callable[[str], None]) -> None:
+        self.task = task
+        self.folder = folder
+        self.progress = progress
+        self.stage_seconds: dict[str, float] = {}
+        self.costs: dict[str, ModuleCost] = {}
+        self.champion_ms: dict[str, float] = {}  # chip mode: the champion's times in this very run
+
+    def run(self, is_known: Callable[[str], str | None] = lambda program: None) -> Verdict:
+        """Runs every stage. `is_known(program_sha256)` says why a program need not be judged again, or None.
+
+        Raises CannotJudge where the fault is not the candidate's.
+        """
+        started = time.monotonic()
+        task = self.task
+        verdict = Verdict(status=decide.PASS, mode=task.mode, chip=task.chip.name)
+        try:
+            contract.check_seal(task.candidate, task.sealed)
+            described = self._describe()
+            traced = self._trace(described)
+            self._compile_and_check(traced, verdict, is_known)
+            if verdict.status == decide.PASS:
+                self._time(described, traced, verdict)
+        except contract.ContractError as error:
+            verdict.status, verdict.reason = "FAIL_CONTRACT", str(error)
+        except Failed as failure:
+            verdict.status, verdict.reason = failure.status, str(failure)
+        verdict.seconds = time.monotonic() - started
+        verdict.stage_seconds = self.stage_seconds
+        return verdict
+
+    # --- stages ---
+
+    @contextmanager
+    def _stage(self, name: str, what: str) -> Iterator[None]:
+        self.progress(what)
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.stage_seconds[name] = self.stage_seconds.get(name, 0.0) + time.monotonic() - started
+
+    def _describe(self) -> dict[str, Any]:
+        with self._stage("inputs", "inputs: shapes and lengths from the sealed file"):
+            request = {"do": "describe", "workloads": list(self.task.workloads)}
+            dry = self.task.sealed is self.task.candidate  # then this imports the kernel file for the first time
+            limit = self.task.limits.trace_seconds if dry else self.task.limits.check_seconds
+            result: dict[str, Any] = self._finish(self._start_oracle("describe", request), limit)
+            return result["workloads"]
+
+    def _trace(self, described: dict[str, Any]) -> dict[str, Any]:
+        with self._stage("trace", "trace: one jaxpr a workload, lowered for the TPU and for the CPU"):
+            return self._trace_source(self.task.candidate, "trace", described)
+
+    def _trace_source(self, source: contract.Source, label: str, described: dict[str, Any]) -> dict[str, Any]:
+        folder = self._subfolder(label)
+        kernel = folder / "kernel.py"
+        kernel.write_text(source.text)
+        inputs = {name: workload["inputs"] for name, workload in described.items()}
+        request = {"kernel": str(kernel), "topology": self.task.chip.topology, "workloads": inputs}
+        result = self._finish(self._start("worker.py", folder, request), self.task.limits.trace_seconds)
+        return {name: _traced(result, name, folder) for name in described}
+
+    def _compile_and_check(
+        self, traced: dict[str, Any], verdict: Verdict, is_known: Callable[[str], str | None]
+    ) -> None:
+        """Both at once, on two cores: the compiler's verdict comes first, and a known program is not checked again."""
+        checking = self._start_oracle("check", {"do": "check", "workloads": self._artifacts(traced, "cpu")})
+        try:
+            if self.task.mode == "model" or self.task.device == "tpu":
+                with self._stage("compile", f"compile: the TPU compiler for {self.task.chip.name}"):
+                    self._compile(traced, verdict)
+                known = is_known(verdict.program_sha256)
+                if known is not None:
+                    verdict.status, verdict.reason = decide.DUPLICATE, known
+                    return
+            with self._stage("correctness", "correctness: the CPU program against the oracle"):
+                self._finish(checking, self.task.limits.check_seconds)
+        finally:
+            checking[0].kill()
+
+    def _compile(self, traced: dict[str, Any], verdict: Verdict) -> None:
+        folder = self._subfolder("compile")
+        request = {
+            "topology": self.task.chip.topology,
+            "workloads": self._artifacts(traced, "tpu"),
+            "dump": "dump",  # relative to the process's folder: libtpu splits its flags at spaces
+        }
+        self._finish(self._start("compile.py", folder, request), self.task.limits.compile_seconds)
+        hashes = []
+        for name in traced:
+            facts = json.loads((folder / name / "facts.json").read_text())
+            hashes.append(f"{name}={facts.pop('program_sha256')}")
+            peak = facts["argument_bytes"] + facts["output_bytes"] - facts["alias_bytes"] + facts["temporary_bytes"]
+            verdict.facts[name] = {"hbm_peak_bytes": peak}
+            if peak > self.task.chip.hbm_bytes:
+                raise Failed(
+                    "FAIL_COMPILE",
+                    f"workload {name} needs {peak} bytes of HBM, the chip has {self.task.chip.hbm_bytes}",
+                )
+        verdict.program_sha256 = hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+
+    def _time(self, described: dict[str, Any], traced: dict[str, Any], verdict: Verdict) -> None:
+        if self.task.mode == "model":
+            with self._stage("cycles", "cycles: executing the final schedule"):
+                seconds = self._predict(traced, verdict)
+        else:
+            with self._stage("measure", "measure: timed calls on the device"):
+                seconds = self._measure(described, traced)
+        for name, workload in described.items():
+            self._account(name, seconds[name], workload, verdict)
+        verdict.total = roofline.combine(verdict.workloads.values())
+        if not verdict.total.finite():
+            raise Failed("FAIL_CRASH", "a figure is not finite")
+
+    def _predict(self, traced: dict[str, Any], verdict: Verdict) -> dict[str, float]:
+        machine = load_machine(self.task.chip.name)
+        for name in traced:
+            with np.load(self.folder / "describe" / f"{name}.npz") as saved:
+                integers = {int(key): saved[key] for key in saved.files}
+            try:
+                cost = module_cost(self.folder / "compile" / name, machine, integers)
+            except (ExecutionError, ParseError, Untranslatable) as error:
+                raise Failed("FAIL_COMPILE", f"workload {name}: the schedule cannot be timed: {error}") from error
+            self.costs[name] = cost
+            verdict.facts[name] |= {
+                "cycles": cost.cycles,
+                "hbm_bytes": cost.hbm_bytes,
+                "vmem_bytes": cost.vmem_bytes,
+                "spill_count": cost.spill_slots,
+                "copy_count": cost.copy_count,
+                "dma_count": sum(op.execution.dma_count for op in cost.ops if op.execution),
+                "dma_wait_cycles": sum(op.execution.dma_wait_cycles for op in cost.ops if op.execution),
+            }
+        verdict.vmem_bytes = max(cost.vmem_bytes for cost in self.costs.values())
+        verdict.spill_count = sum(cost.spill_slots for cost in self.costs.values())
+        verdict.copy_count = sum(cost.copy_count for cost in self.costs.values())
+        return {name: cost.seconds for name, cost in self.costs.items()}
+
+    def _measure(self, described: dict[str, Any], traced: dict[str, Any]) -> dict[str, float]:
+        platform = "cpu" if self.task.device == "cpu" else "tpu"
+        programs = {"candidate": self._artifacts(traced, platform)}
+        if self.task.champion is not None:
+            champion = self._trace_source(self.task.champion, "champion", described)
+            programs["champion"] = self._artifacts(champion, platform)
+        try:
+            seconds = manager.measure(
+                self._subfolder("measure"),
+                programs,
+                sealed=self._sealed_file(),
+                device=self.task.device,
+                device_kind=self.task.chip.device_kind,
+                deep=self.task.deep,
+            )
+            self.champion_ms = {name: 1e3 * s for name, s in seconds.get("champion", {}).items()}
+            return seconds["candidate"]
+        except manager.MeasureError as error:
+            if error.candidate:
+                raise Failed(error.status, str(error)) from error
+            raise CannotJudge(str(error)) from error
+
+    def _account(self, name: str, seconds: float, workload: dict[str, Any], verdict: Verdict) -> None:
+        """Figures of one workload; faster than physics fails with both numbers."""
+        chip = self.task.chip
+        flops, compulsory = workload["flops"], workload["compulsory_bytes"]
+        peak = roofline.peak_flops_per_second(chip, [array["dtype"] for array in workload["inputs"]])
+        bound = max(roofline.bounds_seconds(flops, compulsory, peak, chip))
+        if not (bound > 0 and seconds > 0):
+            raise Failed("FAIL_CRASH", f"workload {name}: time {seconds} s, roofline {bound} s")
+        if seconds < bound:
+            raise Failed(
+                "FAIL_ROOFLINE",
+                f"workload {name} takes {seconds * 1e3:.6g} ms, faster than physics allows: {flops:.6g} FLOPs and "
+                f"{compulsory:.6g} bytes take at least {bound * 1e3:.6g} ms on {chip.name}",
+            )
+        verdict.workloads[name] = roofline.figures(
+            seconds=seconds,
+            flops=flops,
+            compulsory_bytes=compulsory,
+            moved_bytes=verdict.facts.get(name, {}).get("hbm_bytes"),
+            peak_flops=peak,
+            chip=chip,
+        )
+
+    # --- processes ---
+
+    def _artifacts(self, traced: dict[str, Any], platform: str) -> dict[str, Any]:
+        return {
+            name: {"artifact": workload[platform], "donated": workload["donated"], "tree": workload["tree"]}
+            for name, workload in traced.items()
+        }
+
+    def _subfolder(self, name: str) -> Path:
+        folder = self.folder / name
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def _sealed_file(self) -> Path:
+        sealed = self._subfolder("sealed") / "kernel.py"
+        sealed.write_text(self.task.sealed.text)
+        return sealed
+
+    def _start_oracle(self, label: str, request: Mapping[str, Any]) -> tuple[Process, Path]:
+        return self._start("oracle.py", self._subfolder(label), {**request, "sealed": str(self._sealed_file())})
+
+    def _start(self, script: str, folder: Path, request: Mapping[str, Any]) -> tuple[Process, Path]:
+        path = folder / "request.json"
+        path.write_text(json.dumps({**request, "out": str(folder)}))
+        process = Process(HERE / script, [str(path)], folder=folder, environment={"TMPDIR": str(folder)})
+        return process, folder
+
+    def _finish(self, started: tuple[Process, Path], limit_seconds: float) -> dict[str, Any]:
+        """The stage's result; raises Failed or CannotJudge where there is none or it is bad."""
+        process, folder = started
+        script, stage = process.name, _STAGE_OF[process.name]
+        finished = process.wait(limit_seconds)
+        # Before the candidate's programs exist, oracle.py runs the sealed file alone.
+        blameless = script == "oracle.py" and folder.name == "describe" and self.task.sealed is not self.task.candidate
+        if finished.timed_out:
+            message = f"{script} took more than {limit_seconds:g} s: {stage}"
+            raise CannotJudge(message) if blameless else Failed("FAIL_TIMEOUT", message)
+        result = _read_result(folder / "result.json")
+        if result is None:
+            tail = finished.log_tail.strip().splitlines()[-1:] or ["it printed nothing"]
+            message = f"{stage}: {script} ended with code {finished.returncode} and no result: {tail[0][:500]}"
+            # compile.py: a signal is the compiler's own abort, an exit code a fault of the installation.
+            if blameless or (script == "compile.py" and finished.returncode in (*range(256), -signal.SIGKILL)):
+                raise CannotJudge(f"{message} (full log in the folder that --keep names)")
+            raise Failed("FAIL_CRASH", message)
+        status, reason = result.get("status"), str(result.get("reason", ""))
+        if status == "UNKNOWN" and script == "oracle.py":
+            raise CannotJudge(reason)
+        if status == "SEAL" and script == "oracle.py":
+            if self.task.sealed is self.task.candidate:
+                raise Failed(result["blame"], reason)
+            raise CannotJudge(f"the lineage's baseline cannot be used as the oracle: {reason}")
+        if status != decide.PASS:
+            known = status in decide.FAILURES
+            raise Failed(str(status) if known else "FAIL_CRASH", reason if known else f"{script} reports no verdict")
+        return result
+
+
+def _read_result(path: Path) -> dict[str, Any] | None:
+    """What a stage reports; None where it is missing or no JSON object. The worker's may be the candidate's own."""
+    try:
+        result = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return result if isinstance(result, dict) else None
+
+
+def _traced(result: Mapping[str, Any], name: str, folder: Path) -> dict[str, Any]:
+    """One workload of the worker's report. Raises Failed where it is not what worker.py writes."""
+    try:
+        workload = result["workloads"][name]
+        donated, tree = [int(i) for i in workload["donated"]], str(workload["tree"])
+    except (KeyError, TypeError, ValueError, OverflowError):
+        raise Failed("FAIL_CRASH", f"workload {name}: the worker reports no program") from None
+    artifacts = {platform: folder / f"{name}.{platform}" for platform in ("tpu", "cpu")}
+    if not all(path.is_file() for path in artifacts.values()):
+        raise Failed("FAIL_CRASH", f"workload {name}: the worker reports no program")
+    return {"donated": donated, "tree": tree} | {platform: str(path) for platform, path in artifacts.items()}
+
+
+_STAGE_OF = {
+    "worker.py": "importing and tracing the kernel file",
+    "compile.py": "compiling for the chip",
+    "oracle.py": "inputs, reference or the check of the CPU program",
+}
+
+
+@contextmanager
+def private_folder(keep: Path | None = None) -> Iterator[Path]:
+    """A folder for one judging, removed afterwards; with `keep`, that one, emptied first and left in place.
+
+    Raises CannotJudge where `keep` holds what no judging has left there.
+    """
+    if keep is not None:
+        if keep.exists() and not (keep.is_dir() and ((keep / "sealed").is_dir() or not any(keep.iterdir()))):
+            raise CannotJudge(f"--keep {keep}: it holds something else; name a new or an empty folder")
+        shutil.rmtree(keep, ignore_errors=True)
+        keep.mkdir(parents=True)
+        yield keep.resolve()
+        return
+    folder = Path(tempfile.mkdtemp(prefix="ratchet-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def print_progress(text: str) -> None:
+    """One line a stage, to stderr."""
+    print(f"judge: {text}", file=sys.stderr, flush=True)

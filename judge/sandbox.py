@@ -1,0 +1,86 @@
+"""How a stage's process is contained, started, limited and ended.
+
+Covered: a fresh isolated interpreter (`-I`), an environment with nothing of the user's, a private temporary folder, a
+process group that is killed whole, an end with the judge however that ends, a wall-clock limit, a limit on written
+files and on core dumps.
+Not covered: network, the file system outside the folder, memory.
+"""
+
+import contextlib
+import ctypes
+import os
+import resource
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+MAX_FILE_BYTES = 8 << 30
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_LIBC = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+_KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """How a process ended; `log_tail` is what it printed last, for people, never parsed."""
+
+    returncode: int
+    timed_out: bool
+    log_tail: str
+
+
+class Process:
+    """A stage running in the background; `wait` it, or `kill` it."""
+
+    def __init__(self, script: Path, arguments: list[str], *, folder: Path, environment: dict[str, str]) -> None:
+        self.name = script.name
+        self._log = folder / f"{script.stem}.log"
+        clean = {name: os.environ[name] for name in _KEPT if name in os.environ}
+        with self._log.open("wb") as log:
+            # What a signal handler raises while Python forks is printed and lost, so signals wait.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+            try:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-I", str(script), *arguments],
+                    cwd=folder,
+                    env=clean | environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    preexec_fn=_limit,
+                )
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def wait(self, limit_seconds: float) -> Finished:
+        """Waits for the end, at most `limit_seconds`; then kills the whole group."""
+        timed_out = False
+        try:
+            self._process.wait(limit_seconds)
+        except subprocess.TimeoutExpired:
+            timed_out = True
+        finally:
+            self.kill()
+        tail = self._log.read_bytes()[-4000:].decode(errors="replace")
+        return Finished(returncode=self._process.returncode, timed_out=timed_out, log_tail=tail)
+
+    @property
+    def running(self) -> bool:
+        return self._process.poll() is None
+
+    def kill(self) -> None:
+        """Ends the process and everything that it started."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+
+def _limit() -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (MAX_FILE_BYTES, MAX_FILE_BYTES))

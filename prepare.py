@@ -1,0 +1,162 @@
+#!/usr/bin/env python3
+"""The judge's command: judges a kernel file and prints what it found.
+
+./ratchet.sh runs it for an experiment; `--dry-run` judges any file that follows the contract, outside git and ledger;
+`--audit` verifies ledger and git. Exit code 0: kept, or PASS in a dry run; 1: a candidate that is not kept; 2: the
+tool could not judge.
+"""
+
+import sys
+
+if __name__ == "__main__":
+    sys.path.append(sys.path.pop(0))  # a file here must not stand in for an installed module
+
+import argparse
+import json
+import signal
+import traceback
+from pathlib import Path
+
+from judge import contract, experiment, pipeline, profile, report_lines
+from judge.audit import audit
+from judge.chips import CHIPS, DEFAULT_CHIP, load_chip
+from judge.ledger import LedgerError
+from judge.transaction import Refused, Repository
+
+ROOT = Path(__file__).resolve().parent
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="prepare.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    what = parser.add_argument_group("what to do (default: --dry-run)")
+    what.add_argument("--dry-run", action="store_true", help="judge a file, outside git and ledger")
+    what.add_argument(
+        "--experiment", metavar="NOTE", help="judge the edit in kernel.py, record it, keep it or take it back"
+    )
+    what.add_argument("--new-baseline", metavar="WHY", help="start a lineage with kernel.py as it is")
+    what.add_argument("--audit", action="store_true", help="verify ledger and git; exit 1 with the rows named if not")
+    what.add_argument("--archive", action="store_true", help="pack every attempt into experiments.bundle and commit it")
+    parser.add_argument("--kernel", metavar="FILE", type=Path, default=ROOT / "kernel.py", help="the file of a dry run")
+    parser.add_argument("--chip", default=DEFAULT_CHIP, help=f"one of {', '.join(CHIPS)}; default {DEFAULT_CHIP}")
+    parser.add_argument(
+        "--mode",
+        choices=("auto", "model", "chip"),
+        default="auto",
+        help="model: predicted, needs no TPU; chip: measured on the attached one;\n"
+        "auto: chip where one is attached, else model",
+    )
+    parser.add_argument(
+        "--workload", metavar="NAME", action="append", default=[], help="only this one (dry run; repeatable)"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    parser.add_argument(
+        "--deep", action="store_true", help="on a chip, trace synchronisation too; nothing more in model mode"
+    )
+    parser.add_argument(
+        "--keep", metavar="DIR", type=Path, help="keep artifacts, dumps and logs in DIR (it is emptied first)"
+    )
+    parser.add_argument(
+        "--trace-limit", metavar="S", type=float, default=120.0, help="seconds to import and trace; default 120"
+    )
+    parser.add_argument("--device", choices=("tpu", "cpu"), default="tpu", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    chosen = [options.experiment is not None, options.new_baseline is not None, options.audit, options.archive]
+    if sum([options.dry_run, *chosen]) > 1:
+        parser.error("choose one of --dry-run, --experiment, --new-baseline, --audit, --archive")
+    if any(chosen) and (options.workload or options.device != "tpu"):
+        parser.error("--workload and --device are for dry runs: an experiment is judged on everything")
+    if not options.trace_limit > 0:
+        parser.error("--trace-limit must be positive")
+    return options
+
+
+def dry_run(options: argparse.Namespace) -> int:
+    """Judges options.kernel against itself; prints the summary."""
+    chip = load_chip(options.chip)
+    mode = experiment.resolve_mode(options.mode, options.device)
+    try:
+        source = contract.read_source(options.kernel)
+    except contract.ContractError as error:
+        verdict = pipeline.Verdict(status="FAIL_CONTRACT", mode=mode, chip=chip.name, reason=str(error))
+    else:
+        task = pipeline.Task(
+            candidate=source,
+            sealed=source,
+            chip=chip,
+            mode=mode,
+            workloads=tuple(options.workload),
+            limits=pipeline.Limits(trace_seconds=options.trace_limit),
+            device=options.device,
+            deep=options.deep,
+        )
+        with pipeline.private_folder(options.keep) as folder:
+            judging = pipeline.Judging(task, folder, pipeline.print_progress)
+            verdict = judging.run()
+            profile.save(ROOT, f"dry-{chip.name}-{options.kernel.stem}", judging, verdict)
+    print("\n".join(report_lines.summary(verdict)))
+    if options.json:
+        print(json.dumps(verdict.as_json()))
+    return 0 if verdict.status == "PASS" else 1
+
+
+def run(options: argparse.Namespace) -> int:
+    load_chip(options.chip)
+    if options.audit:
+        findings = audit(ROOT)
+        print("\n".join(findings) or "audit: ledger and git agree")
+        return 1 if findings else 0
+    if options.archive:
+        print(f"archive: {Repository(ROOT).archive()}")
+        return 0
+    if options.experiment is None and options.new_baseline is None:
+        return dry_run(options)
+    outcome = experiment.run(
+        ROOT,
+        experiment.Experiment(
+            note=options.experiment if options.new_baseline is None else options.new_baseline,
+            new_baseline=options.new_baseline is not None,
+            chip=load_chip(options.chip),
+            mode=experiment.resolve_mode(options.mode, options.device),
+            deep=options.deep,
+            limits=pipeline.Limits(trace_seconds=options.trace_limit),
+            keep=options.keep,
+        ),
+    )
+    print("\n".join(outcome.lines))
+    if options.json:
+        print(json.dumps(outcome.as_json()))
+    return outcome.exit_code
+
+
+class Interrupted(BaseException):
+    """A signal asked this process to end; its argument is the exit code."""
+
+
+def interrupt(number: int, frame: object) -> None:
+    raise Interrupted(128 + number)
+
+
+def main() -> int:
+    options = parse_arguments()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, interrupt)
+    try:
+        return run(options)
+    except (Refused, LedgerError, pipeline.CannotJudge, ValueError, OSError) as error:
+        message = str(error)
+    except Interrupted as signalled:
+        print("ratchet: interrupted; nothing was recorded, kernel.py is as you left it", file=sys.stderr)
+        return int(signalled.args[0])
+    except Exception as error:  # exit code 1 would say that the candidate is worse
+        traceback.print_exc()
+        message = f"the judge itself failed: {type(error).__name__}: {error}"
+    print(f"ratchet: {message}", file=sys.stderr)
+    if options.json:
+        print(json.dumps({"status": None, "error": message}))
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

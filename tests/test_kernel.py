@@ -1,0 +1,491 @@
+"""kernel.py: ragged paged attention, interpreted on small shapes, against a float64 oracle of this file's own."""
+
+import dataclasses
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.extend.core import jaxpr_as_fun
+
+import kernel
+from judge import jax_shims
+
+jax.config.update("jax_platforms", "cpu")  # whatever the machine has
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+F32 = np.dtype(np.float32)
+# Of the float64 result, in units of its largest element: rounding of the output and of the weights.
+TOLERANCE = {BF16: 1.5e-2, F32: 2e-5}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What is compiled once; cases that share it share the program."""
+
+    tokens: int = 40
+    seqs: int = 6
+    pages: int = 24
+    page: int = 16
+    pages_per_seq: int = 4
+    kv_heads: int = 2
+    group: int = 2
+    head_dim: int = 128
+    dtype: Any = F32
+    q_block: int = 8
+    kv_pages: int = 1
+    sm_scale: float = 0.25
+
+    @property
+    def pack(self) -> int:
+        return 4 // self.dtype.itemsize
+
+    @property
+    def rows(self) -> int:
+        return -(-2 * self.kv_heads // self.pack)
+
+    @property
+    def padded_dim(self) -> int:
+        return -(-self.head_dim // 128) * 128
+
+
+def make_inputs(shape: Shape, q_lens: list[int], kv_lens: list[int], seed: int = 0, poison: bool = True) -> list[Any]:
+    """Arguments of the kernel; `poison` puts NaN in all that belongs to no sequence. Metadata past the end: garbage."""
+    rng = np.random.default_rng(seed)
+    total, used = len(q_lens), sum(q_lens)
+    assert used <= shape.tokens and total <= shape.seqs
+
+    def normal(*dims: int) -> np.ndarray:
+        return rng.standard_normal(dims).astype(shape.dtype)
+
+    queries = normal(shape.tokens, shape.kv_heads * shape.group, shape.head_dim)
+    keys = normal(shape.tokens, shape.kv_heads, shape.head_dim)
+    values = normal(shape.tokens, shape.kv_heads, shape.head_dim)
+    cache = normal(shape.pages, shape.page, shape.rows, shape.pack, shape.padded_dim)
+    cache[..., shape.head_dim :] = 0
+    free = rng.permutation(shape.pages)
+    table = rng.integers(2**20, 2**30, (shape.seqs, shape.pages_per_seq))
+    tokens_in_page = np.zeros(shape.pages, int)
+    taken = 0
+    for seq, kv_len in enumerate(kv_lens):
+        count = -(-kv_len // shape.page)
+        table[seq, :count] = free[taken : taken + count]
+        tokens_in_page[table[seq, :count]] = np.minimum(shape.page, kv_len - shape.page * np.arange(count))
+        taken += count
+    if poison:
+        for page, count in enumerate(tokens_in_page):
+            cache[page, count:] = np.nan
+        for array in (queries, keys, values):
+            array[used:] = np.nan
+    padded_kv_lens = rng.integers(2**20, 2**30, shape.seqs)
+    padded_kv_lens[:total] = kv_lens
+    cu_q_lens = rng.integers(2**20, 2**30, shape.seqs + 1)
+    cu_q_lens[: total + 1] = np.concatenate([[0], np.cumsum(q_lens)])
+    distribution = np.array([0, 0, total])
+    metadata = (padded_kv_lens, table.reshape(-1), cu_q_lens, distribution)
+    return [queries, keys, values, cache, *(array.astype(np.int32) for array in metadata)]
+
+
+def expected(shape: Shape, inputs: list[Any], *, shift: int = 0, drop_last: bool = False) -> tuple[Any, Any]:
+    """(float64 output, cache to the bit), token by token. `shift` and `drop_last` are mistakes to be noticed."""
+    queries, keys, values, cache, kv_lens, table, cu_q_lens, distribution = inputs
+    cache = cache.copy()
+    table = table.reshape(shape.seqs, shape.pages_per_seq)
+    flat = cache.reshape(shape.pages * shape.page, shape.rows * shape.pack, shape.padded_dim)
+    out = np.zeros(queries.shape)
+    for seq in range(distribution[2]):
+        start, end, kv_len = int(cu_q_lens[seq]), int(cu_q_lens[seq + 1]), int(kv_lens[seq])
+        slots = [int(table[seq, i // shape.page]) * shape.page + i % shape.page for i in range(kv_len)]
+        for row in range(start, end):
+            slot = flat[slots[kv_len - (end - row)]]
+            for head in range(shape.kv_heads):
+                slot[2 * head, : shape.head_dim] = keys[row, head]
+                slot[2 * head + 1, : shape.head_dim] = values[row, head]
+        for row in range(start, end):
+            seen = min(kv_len - (end - row) + 1 + shift, kv_len)
+            chosen = flat[slots[:seen]].astype(np.float64)
+            for q_head in range(shape.kv_heads * shape.group):
+                head = q_head // shape.group
+                k, v = chosen[:, 2 * head, : shape.head_dim], chosen[:, 2 * head + 1, : shape.head_dim]
+                scores = k @ queries[row, q_head].astype(np.float64) * shape.sm_scale
+                if drop_last and len(scores) > 1:
+                    scores[-1] = -np.inf
+                weights = np.exp(scores - scores.max())
+                out[row, q_head] = weights @ v / weights.sum()
+    return out, cache
+
+
+PROGRAMS: dict[Shape, Any] = {}
+
+
+def run(shape: Shape, inputs: list[Any], monkeypatch: pytest.MonkeyPatch) -> tuple[np.ndarray, np.ndarray]:
+    """The kernel's output and cache, every pallas_call interpreted."""
+    if shape not in PROGRAMS:
+        jax_shims.patch_interpreter()
+        monkeypatch.setattr(kernel, "Q_BLOCK_TOKENS", shape.q_block)
+        monkeypatch.setattr(kernel, "KV_BLOCK_PAGES", shape.kv_pages)
+        avals = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in inputs]
+
+        def call(*arrays: Any) -> Any:
+            return kernel.ragged_paged_attention(*arrays, sm_scale=shape.sm_scale)
+
+        traced = jax_shims.interpreted(jax.make_jaxpr(call)(*avals))
+        PROGRAMS[shape] = jax_shims.compile_cpu(jaxpr_as_fun(traced), avals, ())
+    out, cache = PROGRAMS[shape](*(jnp.array(array, copy=True) for array in inputs))
+    return np.asarray(out), np.asarray(cache)
+
+
+def error_of(got: np.ndarray, want: np.ndarray) -> float:
+    """Largest error in units of the largest expected element; infinite where a value is not finite."""
+    difference = np.abs(got.astype(np.float64) - want)
+    return float("inf") if not np.isfinite(difference).all() else float(difference.max() / max(1.0, np.abs(want).max()))
+
+
+def check(shape: Shape, q_lens: list[int], kv_lens: list[int], monkeypatch: Any, seed: int = 0) -> None:
+    inputs = make_inputs(shape, q_lens, kv_lens, seed)
+    before = [array.copy() for array in inputs]
+    out, cache = run(shape, inputs, monkeypatch)
+    want, want_cache = expected(shape, inputs)
+    assert out.shape == inputs[0].shape and out.dtype == shape.dtype
+    assert error_of(out, want) < TOLERANCE[shape.dtype]
+    assert np.array_equal(cache.view(np.uint8), want_cache.view(np.uint8))
+    assert not out[sum(q_lens) :].astype(np.float32).any()
+    assert all(np.array_equal(a.view(np.uint8), b.view(np.uint8)) for a, b in zip(inputs, before, strict=True))
+
+
+BASE = Shape()
+# (tokens of each sequence that are new, tokens of each sequence in all): page 16, at most 64 tokens a sequence.
+RAGGED = {
+    "one decode": ([1], [1]),
+    "one decode with context": ([1], [50]),
+    "one prefill": ([23], [23]),
+    "one chunk": ([9], [40]),
+    "decodes": ([1] * 6, [1, 2, 15, 16, 17, 64]),
+    "prefills": ([7, 16, 17], [7, 16, 17]),
+    "all rows": ([40], [40]),
+    "all rows in two": ([17, 23], [64, 23]),
+    "a page exactly": ([16], [16]),
+    "a page and one": ([1], [17]),
+    "less one than a page": ([15], [15]),
+    "two pages exactly, chunk": ([16], [32]),
+    "the longest": ([8], [64]),
+    "new tokens across a page": ([5], [18]),
+    "a query block exactly": ([8], [8]),
+    "a query block and one": ([9], [9]),
+    "mixed": ([1, 1, 12, 5, 1], [33, 64, 12, 37, 1]),
+    "mixed the other way": ([12, 1, 5, 1, 1], [44, 20, 5, 1, 16]),
+    "empty first": ([0, 3, 1], [0, 19, 8]),
+    "empty in the middle": ([3, 0, 0, 5], [3, 0, 0, 30]),
+    "empty last": ([3, 5, 0], [16, 5, 0]),
+    "empty everywhere": ([0, 2, 0, 2, 0], [0, 2, 0, 18, 0]),
+    "all empty": ([0, 0, 0], [0, 0, 0]),
+    "no sequence": ([], []),
+    "no new tokens but a context": ([2, 0, 2], [2, 33, 20]),
+    "every slot of the batch": ([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6]),
+    "window shifted back": ([35, 5], [35, 64]),
+    "last rows one by one": ([37, 1, 1, 1], [37, 9, 10, 11]),
+}
+
+
+@pytest.mark.parametrize("case", RAGGED)
+def test_ragged_batches(case, monkeypatch):
+    check(BASE, *RAGGED[case], monkeypatch)
+
+
+MIXED = ([1, 0, 12, 5, 1], [33, 0, 12, 37, 17])
+SHAPES = {
+    "bfloat16": dataclasses.replace(BASE, dtype=BF16),
+    "head_dim 64": dataclasses.replace(BASE, head_dim=64),
+    "head_dim 64 bfloat16": dataclasses.replace(BASE, head_dim=64, dtype=BF16),
+    "group 1": dataclasses.replace(BASE, group=1),
+    "group 4": dataclasses.replace(BASE, group=4, kv_heads=1),
+    "group 8": dataclasses.replace(BASE, group=8, kv_heads=1),
+    "group 1 bfloat16": dataclasses.replace(BASE, group=1, dtype=BF16),
+    "group 4 bfloat16": dataclasses.replace(BASE, group=4, dtype=BF16),
+    "group 8 bfloat16": dataclasses.replace(BASE, group=8, kv_heads=1, dtype=BF16),
+    "three KV heads": dataclasses.replace(BASE, kv_heads=3, dtype=BF16),
+    "page 32": dataclasses.replace(BASE, page=32, pages=12, pages_per_seq=2),
+    "page 8": dataclasses.replace(BASE, page=8, pages=48, pages_per_seq=8),
+    "one token a block": dataclasses.replace(BASE, q_block=1),
+    "all tokens a block": dataclasses.replace(BASE, q_block=256),
+    "16 tokens, 2 pages a block": dataclasses.replace(BASE, q_block=16, kv_pages=2),
+    "4 tokens, 4 pages a block": dataclasses.replace(BASE, q_block=4, kv_pages=4),
+    "more pages a block than a sequence has": dataclasses.replace(BASE, kv_pages=8),
+    "2 pages a block, bfloat16": dataclasses.replace(BASE, kv_pages=2, dtype=BF16),
+    "other scale": dataclasses.replace(BASE, sm_scale=1.0),
+}
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes_types_and_tiles(name, seed, monkeypatch):
+    check(SHAPES[name], *MIXED, monkeypatch, seed=seed)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_drawn_batches(seed, monkeypatch):
+    rng = np.random.default_rng(seed)
+    q_lens, kv_lens, pages = [], [], BASE.pages
+    for _ in range(rng.integers(1, BASE.seqs + 1)):
+        new = int(rng.integers(0, min(14, BASE.tokens - sum(q_lens)) + 1))
+        kv_len = new + int(rng.integers(0, 50))
+        if -(-kv_len // BASE.page) <= pages:
+            pages -= -(-kv_len // BASE.page)
+            q_lens.append(new)
+            kv_lens.append(kv_len)
+    check(dataclasses.replace(BASE, dtype=(BF16, F32)[seed % 2]), q_lens, kv_lens, monkeypatch, seed=seed)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("mistake", [{"shift": 1}, {"drop_last": True}])
+def test_the_tolerance_notices_an_off_by_one(mistake, dtype, monkeypatch):
+    shape = dataclasses.replace(BASE, dtype=dtype)
+    inputs = make_inputs(shape, [6, 1, 9], [20, 33, 9])
+    out, _ = run(shape, inputs, monkeypatch)
+    assert error_of(out, expected(shape, inputs)[0]) < TOLERANCE[dtype] / 2
+    wrong, _ = expected(shape, inputs, **mistake)
+    assert error_of(out, wrong) > 10 * TOLERANCE[dtype]
+
+
+def test_values_do_not_leak_between_sequences(monkeypatch):
+    """Another context in one sequence changes no bit of the others."""
+    first = make_inputs(BASE, [3, 4, 5], [20, 30, 40])
+    second = [array.copy() for array in first]
+    page = int(first[5].reshape(BASE.seqs, -1)[1, 0])
+    second[3][page] += 1
+    out_first, _ = run(BASE, first, monkeypatch)
+    out_second, _ = run(BASE, second, monkeypatch)
+    same = (out_first == out_second).reshape(BASE.tokens, -1).all(axis=1)
+    assert same[:3].all() and not same[3:7].any() and same[7:].all()
+
+
+def test_out_dtype_and_mask_value(monkeypatch):
+    inputs = make_inputs(BASE, [3, 2], [20, 2])
+    jax_shims.patch_interpreter()
+    monkeypatch.setattr(kernel, "Q_BLOCK_TOKENS", 8)
+
+    def call(*arrays: Any) -> Any:
+        return kernel.ragged_paged_attention(*arrays, sm_scale=0.25, out_dtype=jnp.bfloat16, mask_value=-1e30)
+
+    traced = jax_shims.interpreted(jax.make_jaxpr(call)(*inputs))
+    out, _ = jax.jit(jaxpr_as_fun(traced))(*inputs)
+    assert out.dtype == jnp.bfloat16
+    assert error_of(np.asarray(out), expected(BASE, inputs)[0]) < TOLERANCE[BF16]
+
+
+# --- arguments ---
+
+NAMES = ("queries", "keys", "values", "kv_cache", "kv_lens", "page_indices", "cu_q_lens", "distribution")
+
+
+def structs() -> dict[str, jax.ShapeDtypeStruct]:
+    arrays = make_inputs(BASE, [1], [1])
+    return {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in zip(NAMES, arrays, strict=True)}
+
+
+def changed(name: str, *, shape: Any = None, dtype: Any = None) -> dict[str, jax.ShapeDtypeStruct]:
+    arrays = structs()
+    arrays[name] = jax.ShapeDtypeStruct(shape or arrays[name].shape, dtype or arrays[name].dtype)
+    return arrays
+
+
+def refused(arrays: dict[str, Any], error: type[Exception], match: str, **options: Any) -> None:
+    with pytest.raises(error, match=match):
+        jax.eval_shape(lambda *a: kernel.ragged_paged_attention(*a, **options), *arrays.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("queries", {"shape": (40, 512)}, r"queries must be \[T, Hq, D\]"),
+        ("queries", {"dtype": jnp.float16}, "queries must be bfloat16 or float32, got float16"),
+        ("queries", {"shape": (40, 3, 128)}, "3 query heads are not a multiple of 2 KV heads"),
+        ("queries", {"shape": (39, 4, 128)}, "keys have 40 tokens, queries 39"),
+        ("queries", {"shape": (40, 4, 64)}, "keys have head_dim 128, queries 64"),
+        ("keys", {"shape": (40, 256)}, r"keys must be \[T, Hkv, D\]"),
+        ("keys", {"shape": (40, 1, 128)}, r"values \(40, 2, 128\) must have the shape of keys"),
+        ("keys", {"dtype": jnp.bfloat16}, "keys are bfloat16, kv_cache float32"),
+        ("values", {"dtype": jnp.bfloat16}, "values are bfloat16, kv_cache float32"),
+        ("values", {"shape": (41, 2, 128)}, "values"),
+        ("kv_cache", {"shape": (24, 16, 4, 128)}, r"kv_cache must be \[P, page, rows, pack, D\]"),
+        ("kv_cache", {"shape": (24, 16, 4, 2, 128)}, r"kv_cache .* must end in \(4, 1, 128\)"),
+        ("kv_cache", {"shape": (24, 16, 3, 1, 128)}, r"kv_cache .* must end in \(4, 1, 128\)"),
+        ("kv_cache", {"dtype": jnp.bfloat16}, "bfloat16"),
+        ("kv_lens", {"dtype": jnp.int16}, r"kv_lens must be i32\[n\], got int16"),
+        ("kv_lens", {"shape": (6, 1)}, r"kv_lens must be i32\[n\]"),
+        ("kv_lens", {"shape": (5,)}, "cu_q_lens must have 6 entries"),
+        ("page_indices", {"dtype": jnp.float32}, r"page_indices must be i32\[n\], got float32"),
+        ("page_indices", {"shape": (6, 4)}, r"page_indices must be i32\[n\]"),
+        ("page_indices", {"shape": (25,)}, "page_indices has 25 entries, not a positive multiple of 6"),
+        ("page_indices", {"shape": (0,)}, "page_indices has 0 entries"),
+        ("cu_q_lens", {"dtype": jnp.uint32}, r"cu_q_lens must be i32\[n\]"),
+        ("cu_q_lens", {"shape": (6,)}, "cu_q_lens must have 7 entries"),
+        ("distribution", {"shape": (2,)}, "distribution must have 3 entries, got 2"),
+        ("distribution", {"dtype": jnp.int8}, r"distribution must be i32\[n\]"),
+    ],
+)
+def test_an_argument_that_does_not_fit_is_named(name, change, message):
+    refused(changed(name, **change), ValueError, f"ragged_paged_attention: .*{message}")
+
+
+def test_a_batch_of_nothing_is_refused():
+    empty = {name: jax.ShapeDtypeStruct((0, *a.shape[1:]), a.dtype) for name, a in list(structs().items())[:3]}
+    refused(structs() | empty, ValueError, "queries must have at least one row")
+    refused(
+        structs() | {"kv_lens": jax.ShapeDtypeStruct((0,), jnp.int32)}, ValueError, "kv_lens must have at least one"
+    )
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_a_mask_value_that_is_not_finite_is_refused(value):
+    refused(structs(), ValueError, "mask_value must be finite", mask_value=value)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"use_causal_mask": False}, "use_causal_mask=False"),
+        ({"update_kv_cache": False}, "update_kv_cache=False"),
+        ({"skip_kv_mask": True}, "skip_kv_mask"),
+        ({"sliding_window": 128}, "sliding_window"),
+        ({"soft_cap": 30.0}, "soft_cap"),
+        ({"attention_sink": 1}, "attention_sink"),
+        ({"q_scale": 1.0}, "q_scale"),
+        ({"k_scale": 1.0}, "k_scale"),
+        ({"v_scale": 1.0}, "v_scale"),
+        ({"chunk_prefill_size": 64}, "chunk_prefill_size"),
+        ({"d_block_sizes": (1, 2)}, "d_block_sizes"),
+        ({"p_block_sizes": (1, 2)}, "p_block_sizes"),
+        ({"m_block_sizes": (1, 2)}, "m_block_sizes"),
+        ({"debug_mode": True}, "debug_mode"),
+    ],
+)
+def test_a_feature_that_is_not_there_is_named(option, message):
+    refused(structs(), NotImplementedError, f"{message} is not supported yet", **option)
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn])
+def test_a_cache_type_that_is_not_there_is_named(dtype):
+    refused(changed("kv_cache", dtype=dtype), NotImplementedError, "KV cache is not supported yet")
+
+
+# --- the problem ---
+
+
+def check_sets() -> list[tuple[str, dict[str, Any]]]:
+    """Every workload, plain and with each check's changes."""
+    pairs = itertools.product(kernel.WORKLOADS.items(), [("timed", {}), *kernel.CHECKS.items()])
+    return [(f"{name}/{check}", workload | changes) for (name, workload), (check, changes) in pairs]
+
+
+@pytest.fixture
+def small_caches(monkeypatch):
+    """The cache's values do not matter here, and are most of the bytes."""
+    monkeypatch.setattr(kernel, "HEAD_DIM", 8)
+
+
+@pytest.mark.parametrize("label", [label for label, _ in check_sets()])
+def test_inputs_of_every_workload_and_check(label, small_caches):
+    """Shapes and types are those of the timed inputs; the table is never the identity; nobody shares a page."""
+    workload = dict(check_sets())[label]
+    timed = kernel.WORKLOADS[label.split("/")[0]]
+    arrays = kernel.generate_inputs(jax.random.key(3), **workload)
+    assert [(a.shape, a.dtype) for a in arrays] == [
+        ((timed["num_tokens"], kernel.NUM_Q_HEADS, 8), BF16),
+        ((timed["num_tokens"], kernel.NUM_KV_HEADS, 8), BF16),
+        ((timed["num_tokens"], kernel.NUM_KV_HEADS, 8), BF16),
+        ((timed["num_pages"], timed["page_size"], kernel.NUM_KV_HEADS, 2, 8), BF16),
+        ((timed["num_seqs"],), np.int32),
+        ((timed["num_seqs"] * (kernel.MAX_CONTEXT // timed["page_size"]),), np.int32),
+        ((timed["num_seqs"] + 1,), np.int32),
+        ((3,), np.int32),
+    ]
+    queries, _, _, cache, kv_lens, table, cu_q_lens, distribution = arrays
+    total = int(distribution[2])
+    assert 0 <= distribution[0] <= distribution[1] <= total <= timed["num_seqs"]
+    assert cu_q_lens[0] == 0 and (np.diff(cu_q_lens[: total + 1]) >= 0).all()
+    assert (kv_lens[:total] >= np.diff(cu_q_lens[: total + 1])).all()
+    table = table.reshape(timed["num_seqs"], -1)
+    owned = [table[seq, : -(-int(kv_lens[seq]) // timed["page_size"])] for seq in range(total)]
+    pages = np.concatenate(owned)
+    assert len(set(pages.tolist())) == len(pages) > 3 and pages.min() >= 0 and pages.max() < timed["num_pages"]
+    assert not np.array_equal(pages, np.sort(pages))
+    unowned = np.setdiff1d(np.arange(timed["num_pages"]), pages)
+    padding = queries[cu_q_lens[total] :]
+    poisoned = workload.get("poison", False)
+    assert np.isnan(cache[unowned].astype(np.float32)).all() == poisoned or not len(unowned)
+    assert np.isnan(padding.astype(np.float32)).all() == poisoned or not len(padding)
+    assert (kv_lens[total:] >= 2**20).all() and (table[total:] >= 2**20).all()
+    again = kernel.generate_inputs(jax.random.key(4), **workload)
+    assert np.array_equal(again[4][:total], kv_lens[:total])  # lengths are the workload's
+    assert not np.array_equal(again[5].reshape(table.shape)[:total], table[:total])  # pages are the key's
+
+
+def test_edges_have_what_their_name_says():
+    workload = kernel.WORKLOADS["mixed"] | kernel.CHECKS["edges"]
+    q_lens, kv_lens, _ = kernel._lengths(**workload)
+    page = workload["page_size"]
+    assert 0 in q_lens[1:-1] and 1 in q_lens
+    assert any((kv_lens % page == 0) & (kv_lens > 0)) and any((kv_lens % page == 1) & (kv_lens > page))
+
+
+BATCHES = {
+    "decode": {"batch": "decode", "num_tokens": 5, "num_seqs": 5, "num_pages": 500, "page_size": 128},
+    "edges": {"batch": "edges", "num_tokens": 200, "num_seqs": 9, "num_pages": 64, "page_size": 16},
+    "short": {"batch": "short", "num_tokens": 200, "num_seqs": 9, "num_pages": 200, "page_size": 16},
+}
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_flops_and_bytes_by_brute_force(name):
+    workload = BATCHES[name]
+    q_lens, kv_lens, _ = kernel._lengths(**workload)
+    pairs = moved = 0
+    element, width = 2, kernel.HEAD_DIM
+    for q_len, kv_len in zip(q_lens.tolist(), kv_lens.tolist(), strict=True):
+        for row in range(q_len):
+            pairs += sum(token <= kv_len - q_len + row for token in range(kv_len))
+            moved += 2 * kernel.NUM_Q_HEADS * width * element  # query in, output out
+            moved += 2 * 2 * kernel.NUM_KV_HEADS * width * element  # key and value in, and into their slots
+        if q_len:
+            moved += (kv_len - q_len) * 2 * kernel.NUM_KV_HEADS * width * element
+    assert pairs > 0
+    multiply_adds = pairs * kernel.NUM_Q_HEADS * width * 2  # scores and weighted sum
+    assert kernel.compute_flops(**workload) == 2 * multiply_adds
+    assert kernel.compute_bytes(**workload) == moved
+
+
+def test_flops_are_of_visible_pairs_alone():
+    """Half of the square for a prefill: a masked score is no work."""
+    workload = kernel.WORKLOADS["prefill"]
+    q_lens, _, _ = kernel._lengths(**workload)
+    square = int(4 * kernel.HEAD_DIM * kernel.NUM_Q_HEADS * (q_lens**2).sum())
+    assert 0.5 < kernel.compute_flops(**workload) / square < 0.501
+
+
+def test_the_kernels_own_reference_agrees_with_this_one(monkeypatch):
+    """Two oracles that share no line."""
+    monkeypatch.setattr(kernel, "NUM_Q_HEADS", 4)
+    monkeypatch.setattr(kernel, "NUM_KV_HEADS", 2)
+    shape = dataclasses.replace(BASE, dtype=BF16, sm_scale=kernel.SM_SCALE)
+    inputs = make_inputs(shape, *MIXED)
+    out, cache = kernel.reference_fn(*inputs)
+    want, want_cache = expected(shape, inputs)
+    assert error_of(out, want) < TOLERANCE[BF16]
+    assert np.array_equal(cache.view(np.uint16), want_cache.view(np.uint16))
+
+
+def test_tunables_are_module_constants_with_their_own_value_among_the_choices():
+    assert set(kernel.TUNABLES) == {"Q_BLOCK_TOKENS", "KV_BLOCK_PAGES"}
+    for name, choices in kernel.TUNABLES.items():
+        assert getattr(kernel, name) in choices
+
+
+@pytest.mark.parametrize("name", kernel.WORKLOADS)
+def test_tiling_meta_declares_sizes(name):
+    meta = kernel.get_tiling_meta(**kernel.WORKLOADS[name])
+    assert all(size > 0 for size in meta["grid"])
+    assert sum(buffer["size_bytes"] * (2 if buffer["double_buffered"] else 1) for buffer in meta["buffers"]) < 2**27

@@ -1,0 +1,256 @@
+"""judge/llo/module.py: whole modules, hand-written ones and kernels that the real compiler compiles for every chip."""
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from judge.chips import CHIPS, load_chip
+from judge.compile import op_of_dump
+from judge.llo.execute import ExecutionError
+from judge.llo.machine import load_machine
+from judge.llo.module import module_cost, parse_entry
+from judge.llo.parse import ParseError
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = ROOT / "tests" / "golden"
+V5E = load_machine("v5e")
+ENTRY = """HloModule jit_f
+
+%fused (p: f32[8]) -> f32[8] {
+  ROOT %p = f32[8]{0} parameter(0)
+}
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+"""
+
+
+def regenerate() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("regenerate", GOLDEN / "regenerate.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["regenerate"] = module  # its dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def cost_of(folder: Path, entry: str, integers: dict[int, np.ndarray] | None = None):
+    (folder / "hlo.txt").write_text(ENTRY + entry + "}\n")
+    return module_cost(folder, V5E, integers or {})
+
+
+def test_entry_in_order_with_operands():
+    text = (
+        "  %a = s32[4]{0} parameter(0), sharding={replicated}\n"
+        "  %b.1 = (f32[8]{0:T(128)S(1)}, u32[]{:S(2)}) copy-start(%a), cross_program_prefetch_index=0\n"
+        '  ROOT %c = f32[8]{0} custom-call(%a, /*index=1*/%b.1), custom_call_target="x", calls=%fused\n'
+    )
+    ops = parse_entry(ENTRY + text + "}\nignored\n")
+    assert [(op.name, op.opcode, op.operands) for op in ops] == [
+        ("a", "parameter", ()),
+        ("b.1", "copy-start", ("a",)),
+        ("c", "custom-call", ("a", "b.1")),
+    ]
+    assert ops[1].type == "(f32[8]{0:T(128)S(1)}, u32[]{:S(2)})"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("HloModule m\n", "no entry computation"), (ENTRY + "  nonsense\n}\n", "not an HLO instruction: nonsense")],
+)
+def test_text_that_is_no_module(text, message):
+    with pytest.raises(ExecutionError, match=message):
+        parse_entry(text)
+
+
+def test_free_ops_cost_nothing(tmp_path):
+    entry = (
+        "  %a = f32[8]{0} parameter(0)\n"
+        "  %b = f32[2,4]{1,0} bitcast(%a)\n"
+        '  %c = f32[8]{0} custom-call(), custom_call_target="AllocateBuffer"\n'
+        "  ROOT %t = (f32[2,4]{1,0}) tuple(%b)\n"
+    )
+    cost = cost_of(tmp_path, entry)
+    assert (cost.cycles, cost.hbm_bytes, cost.copy_count, cost.vmem_bytes, cost.ops) == (0, 0, 0, 0, ())
+
+
+def test_an_asynchronous_copy_is_charged_in_full_where_it_starts(tmp_path):
+    entry = (
+        "  %a = bf16[64,128]{1,0:T(8,128)(2,1)} parameter(0)\n"
+        "  %s = (bf16[64,128]{1,0:T(8,128)(2,1)S(1)}, bf16[64,128]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}) copy-start(%a)\n"
+        "  ROOT %d = bf16[64,128]{1,0:T(8,128)(2,1)S(1)} copy-done(%s)\n"
+    )
+    cost = cost_of(tmp_path, entry)
+    read = V5E.dma["hbm_to_vmem"]
+    assert cost.cycles == read.latency_cycles + 64 * 128 * 2 / read.bytes_per_cycle
+    assert cost.seconds == cost.cycles / V5E.clock_hz
+    assert (cost.hbm_bytes, cost.copy_count) == (64 * 128 * 2, 1)
+    (op,) = cost.ops
+    assert (op.hbm_read_bytes, op.hbm_written_bytes, op.is_kernel) == (64 * 128 * 2, 0, False)
+
+
+def test_a_copy_back_writes_hbm(tmp_path):
+    cost = cost_of(tmp_path, "  %s = (s32[64]{0}, s32[64]{0:S(1)}, u32[]{:S(2)}) copy-start(%a)\n")
+    assert (cost.ops[0].hbm_read_bytes, cost.ops[0].hbm_written_bytes) == (0, 256)
+
+
+def test_an_asynchronous_slice_is_charged_by_its_result(tmp_path):
+    cost = cost_of(tmp_path, "  %s = ((f32[64]{0}), f32[16]{0:S(1)}, u32[]{:S(2)}) slice-start(%a)\n")
+    assert cost.hbm_bytes == 64
+
+
+def test_a_scalar_operand_is_fetched_by_one_copy(tmp_path):
+    cost = cost_of(tmp_path, "  %c = f32[1]{0:T(128)S(6)} copy(%a)\n")
+    read = V5E.dma["hbm_to_vmem"]
+    assert cost.cycles == read.latency_cycles + 4 / read.bytes_per_cycle
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("  %f = f32[8]{0} fusion(%a), kind=kLoop, calls=%fused\n", r"f \(fusion\) has no bundles and no known cost"),
+        ("  %f = f32[8]{0} copy(%a)\n", r"f \(copy\) has no bundles"),
+        ('  %f = f32[8]{0} custom-call(%a), custom_call_target="tpu_custom_call"\n', r"f \(custom-call\) has no"),
+        ("  %s = (f32[8]{0:S(1)}, f32[8]{0:S(1)}, u32[]) copy-start(%a)\n", "s copies within VMEM"),
+        ("  %s = (f32[8]{0:S(5)}, f32[8]{0}, u32[]) copy-start(%a)\n", "s copies to or from host memory"),
+        ("  %s = (token[], f32[8]{0:S(1)}, u32[]) copy-start(%a)\n", "s: unknown element type token"),
+        ("  %s = f32[8]{0} copy-start(%a)\n", "s: cannot read the size"),
+    ],
+)
+def test_an_op_of_unknown_cost_is_named(tmp_path, entry, message):
+    with pytest.raises(ExecutionError, match=message):
+        cost_of(tmp_path, entry)
+
+
+def copied(tmp_path: Path, case: str = "table_2d") -> Path:
+    shutil.copytree(GOLDEN / case / "v5e", tmp_path / "module")
+    return tmp_path / "module"
+
+
+def test_scalars_pass_through_copies_of_the_entry(tmp_path):
+    folder, known = copied(tmp_path), regenerate().GOLDEN["table_2d"]
+    hlo = folder / "hlo.txt"
+    text = hlo.read_text().replace("custom-call(%args_0_.1,", "custom-call(%done,")
+    copy = "  %done = s32[4,3]{1,0:T(4,128)} bitcast(%args_0_.1)\n  ROOT"
+    hlo.write_text(text.replace("  ROOT", copy))
+    assert "%done" in parse_entry(hlo.read_text())[-1].text
+    assert (
+        module_cost(folder, V5E, known.scalars).cycles
+        == module_cost(GOLDEN / "table_2d" / "v5e", V5E, known.scalars).cycles
+    )
+
+
+def test_constants_of_the_entry_are_known(tmp_path):
+    folder = copied(tmp_path, "nested_loops")
+    hlo = folder / "hlo.txt"
+    text = hlo.read_text().replace("custom-call(%args_0_.1,", "custom-call(%k,")
+    hlo.write_text(text.replace("  ROOT", "  %k = s32[4]{0:T(128)} constant({3, 0, 5, 1})\n  ROOT"))
+    with_parameter = module_cost(GOLDEN / "nested_loops" / "v5e", V5E, regenerate().GOLDEN["nested_loops"].scalars)
+    assert module_cost(folder, V5E, {}).cycles == with_parameter.cycles
+
+
+def test_computed_scalars_are_not_known(tmp_path):
+    folder = copied(tmp_path, "nested_loops")
+    scalars = regenerate().GOLDEN["nested_loops"].scalars
+    with pytest.raises(ExecutionError, match="a value that no scalar input gives"):
+        module_cost(folder, V5E, {0: scalars[0].astype(np.int16)})
+
+
+def test_a_kernel_reports_its_memory_and_spills(tmp_path):
+    folder, known = copied(tmp_path), regenerate().GOLDEN["table_2d"]
+    cost = module_cost(folder, V5E, known.scalars)
+    assert (cost.vmem_bytes, cost.spill_slots) == (16384 + 72 * 128 * 4, 0)
+    (table,) = folder.glob("*utilization.txt")
+    lines = table.read_text().splitlines()
+    units = lines[1].split(", ")
+    row = lines[4].split()
+    row[units.index("VLOAD:FILL")], row[units.index("VSTORE:SPILL")] = "2", "1"
+    lines[4] = " ".join(row)
+    table.write_text("\n".join(lines) + "\n")
+    assert module_cost(folder, V5E, known.scalars).spill_slots == 3
+
+
+def test_dumps_and_tables_that_disagree_are_an_error(tmp_path):
+    folder, known = copied(tmp_path), regenerate().GOLDEN["table_2d"]
+    (table,) = folder.glob("*utilization.txt")
+    table.write_text(table.read_text() + "0 0 0 0 0 0 0 0 0 0\n")
+    with pytest.raises(ExecutionError, match=r"\d+ bundles, but \d+ rows"):
+        module_cost(folder, V5E, known.scalars)
+    table.unlink()
+    with pytest.raises(ParseError, match="utilization"):
+        module_cost(folder, V5E, known.scalars)
+
+
+def test_one_program_stands_for_ops_that_differ_in_name_alone(tmp_path):
+    folder, known = copied(tmp_path), regenerate().GOLDEN["table_2d"]
+    hlo = folder / "hlo.txt"
+    entry = hlo.read_text()
+    kernel = next(line for line in entry.splitlines() if "ROOT" in line)
+    twin = kernel.replace("ROOT ", "").replace("%table_2d.1", "%table_2d.2")
+    hlo.write_text(entry.replace(kernel, f"{twin}\n{kernel}"))
+    with pytest.raises(ExecutionError, match=r"table_2d\.2 \(custom-call\) has no bundles"):  # kernels are never twins
+        module_cost(folder, V5E, known.scalars)
+    fusions = hlo.read_text().replace("custom-call(", "fusion(").replace("), custom_call_target", "), calls")
+    hlo.write_text(fusions)
+    twice = module_cost(folder, V5E, known.scalars)
+    assert [op.op.name for op in twice.ops] == ["table_2d.2", "table_2d.1"]
+    assert twice.ops[0].cycles == twice.ops[1].cycles == twice.cycles / 2
+
+
+@pytest.mark.parametrize(
+    ("name", "op"),
+    [
+        ("1795-copy.2-03-final_bundles.txt", "copy.2"),
+        ("1-a-b.1-00-pre-finalize-registers-and-allocations.txt", "a-b.1"),
+        ("other", "other"),
+    ],
+)
+def test_op_of_dump(name, op):
+    assert op_of_dump(Path(name)) == op
+
+
+# --- what the real compiler emits ---
+
+
+def compiled(folder: Path, *flags: str) -> dict[str, dict[str, float]]:
+    """Runs regenerate.py in a process of its own: libtpu reads its flags once."""
+    folder.mkdir(exist_ok=True)
+    command = [sys.executable, "-W", "error", str(GOLDEN / "regenerate.py"), "--out", str(folder), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "expected.json").read_text())
+
+
+def test_goldens_are_what_the_compiler_emits(tmp_path):
+    assert compiled(tmp_path / "now") == json.loads((GOLDEN / "expected.json").read_text())
+    for path in sorted(GOLDEN.glob("*/*/*.txt")):
+        assert (tmp_path / "now" / path.relative_to(GOLDEN)).read_text() == path.read_text()
+
+
+@pytest.mark.slow
+def test_kernels_of_many_kinds_on_every_chip(tmp_path):
+    """Matmuls of three types, flash attention, normalisation, loops, XLA ops around: bytes follow from the grid."""
+    cycles = compiled(tmp_path / "fresh", "--fresh")
+    cases = regenerate().FRESH
+    assert set(cycles) == set(cases)
+    for name, case in cases.items():
+        assert set(cycles[name]) == set(CHIPS)
+        for chip in CHIPS:
+            cost = module_cost(tmp_path / "fresh" / name / chip, load_machine(chip), case.scalars)
+            kernel = [op for op in cost.ops if op.is_kernel]
+            assert len(kernel) == 1, (name, chip)
+            assert kernel[0].hbm_read_bytes - case.read_bytes in (0, 512), (name, chip)
+            assert kernel[0].hbm_written_bytes == case.written_bytes, (name, chip)
+            assert round(cost.cycles, 3) == cycles[name][chip]
+            seconds = cost.hbm_bytes / load_chip(chip).hbm_bytes_per_second
+            assert cost.seconds > 0.95 * seconds, (name, chip)
+            if name == "xla_around":
+                assert {op.op.opcode for op in cost.ops if not op.is_kernel} >= {"fusion"}, chip
+            elif not case.scalars:
+                assert cost.copy_count == 0, (name, chip)
