@@ -26,7 +26,7 @@ PROBLEM_DESCRIPTION = (
 
 # Tunables: module-level constants that a search may rewrite, each to one of the values listed.
 Q_BLOCK_TOKENS = 32  # new tokens of one sequence in a query block
-KV_BLOCK_PAGES = 1  # pages in one double-buffered KV block
+KV_BLOCK_PAGES = 2  # pages in one double-buffered KV block
 
 TUNABLES = {
     "Q_BLOCK_TOKENS": (1, 2, 4, 8, 16, 32, 64, 128, 256),
