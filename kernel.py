@@ -25,8 +25,8 @@ PROBLEM_DESCRIPTION = (
 )
 
 # Tunables: module-level constants that a search may rewrite, each to one of the values listed.
-Q_BLOCK_TOKENS = 32  # new tokens of one sequence in a query block
-KV_BLOCK_PAGES = 2  # pages in one double-buffered KV block
+Q_BLOCK_TOKENS = 128  # new tokens of one sequence in a query block
+KV_BLOCK_PAGES = 8  # pages in one double-buffered KV block
 
 TUNABLES = {
     "Q_BLOCK_TOKENS": (1, 2, 4, 8, 16, 32, 64, 128, 256),
