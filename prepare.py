@@ -21,7 +21,7 @@ from judge import contract, experiment, pipeline, profile, report_lines
 from judge.audit import audit
 from judge.chips import CHIPS, DEFAULT_CHIP, load_chip
 from judge.ledger import LedgerError
-from judge.transaction import Refused, Repository
+from judge.transaction import Refused, Repository, exclusive
 
 ROOT = Path(__file__).resolve().parent
 
@@ -108,7 +108,8 @@ def run(options: argparse.Namespace) -> int:
         print("\n".join(findings) or "audit: ledger and git agree")
         return 1 if findings else 0
     if options.archive:
-        print(f"archive: {Repository(ROOT).archive()}")
+        with exclusive(ROOT):
+            print(f"archive: {Repository(ROOT).archive()}")
         return 0
     if options.experiment is None and options.new_baseline is None:
         return dry_run(options)

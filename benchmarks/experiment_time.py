@@ -68,7 +68,11 @@ def main() -> None:
     parser.add_argument("--chip", default="v5e")
     parser.add_argument("--runs", type=int, default=3)
     options = parser.parse_args()
+    if options.runs < 1 or not options.kernel.is_file():
+        parser.error("--runs must be at least 1 and --kernel an existing file")
     runs = [judge_once(options.kernel, options.chip) for _ in range(options.runs)]
+    if runs[-1][3] != "PASS":
+        sys.exit(f"{options.kernel.name} is {runs[-1][3]}: run prepare.py --dry-run on it to see why")
     print(f"{options.kernel.name} on {options.chip}, {options.runs} runs, {os.cpu_count()} cores, status {runs[-1][3]}")
     for stage in runs[-1][0]:
         print(f"  {stage:12} {statistics.median(run[0][stage] for run in runs):6.1f} s")

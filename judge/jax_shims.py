@@ -84,6 +84,28 @@ def interpreted(closed_jaxpr: Any) -> Any:
     return convert(closed_jaxpr)
 
 
+def find_primitives(closed_jaxpr: Any, names: Sequence[str]) -> list[str]:
+    """Which of the named primitives occur in a jaxpr, however deep, Pallas bodies included."""
+    from jax._src import core
+
+    found: set[str] = set()
+
+    def walk(value: Any) -> None:
+        if isinstance(value, core.ClosedJaxpr):
+            walk(value.jaxpr)
+        elif isinstance(value, core.Jaxpr):
+            for equation in value.eqns:
+                found.update({equation.primitive.name} & set(names))
+                for parameter in equation.params.values():
+                    walk(parameter)
+        elif isinstance(value, tuple | list):
+            for item in value:
+                walk(item)
+
+    walk(closed_jaxpr)
+    return sorted(found)
+
+
 def donated_arguments(closed_jaxpr: Any, num_arguments: int) -> tuple[int, ...]:
     """Arguments that kernel_fn donates: those of the jax.jit that it consists of, if it is one."""
     jaxpr = closed_jaxpr.jaxpr

@@ -152,7 +152,7 @@ class Judging:
             self.stage_seconds[name] = self.stage_seconds.get(name, 0.0) + time.monotonic() - started
 
     def _describe(self) -> dict[str, Any]:
-        with self._stage("inputs", "inputs: shapes and lengths from the sealed file"):
+        with self._stage("inputs", "inputs: shapes, lengths and bounds"):
             request = {"do": "describe", "workloads": list(self.task.workloads)}
             dry = self.task.sealed is self.task.candidate  # then this imports the kernel file for the first time
             limit = self.task.limits.trace_seconds if dry else self.task.limits.check_seconds
@@ -376,7 +376,7 @@ def _traced(result: Mapping[str, Any], name: str, folder: Path) -> dict[str, Any
 _STAGE_OF = {
     "worker.py": "importing and tracing the kernel file",
     "compile.py": "compiling for the chip",
-    "oracle.py": "inputs, reference or the check of the CPU program",
+    "oracle.py": "importing the sealed file (in a dry run, the kernel file), its inputs or its reference",
 }
 
 

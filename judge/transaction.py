@@ -106,6 +106,9 @@ class Repository:
         if not path.is_file():
             raise Refused(f"no {KERNEL} here: restore it with git checkout {KERNEL}")
         self.ledger_text()  # says more about a changed ledger than the list of changed files
+        strange = self.git("ls-files", "--others", "--exclude-standard", "--", "judge").split()
+        if strange:
+            raise Refused(f"files in judge/ that git does not know change the judge: {', '.join(strange)}; remove them")
         others = [name for name in self._changed() if name != KERNEL]
         if others:
             raise Refused(
@@ -202,7 +205,13 @@ class Repository:
         takes_back = not is_kept and not candidate.unchanged and not keep_edit
         journal = self.folder / SCRATCH / "recording"
         journal.write_text(f"{new_head} {candidate.commit if takes_back else ''}")
-        self.git("update-ref", "-m", f"ratchet: {subject}", branch, new_head, candidate.parent)
+        try:
+            self.git("update-ref", "-m", f"ratchet: {subject}", branch, new_head, candidate.parent)
+        except Refused:
+            journal.unlink()
+            if self.head == candidate.parent:
+                raise
+            raise Refused("the branch moved while the experiment ran: nothing was recorded; run it again") from None
         self._settle(new_head, candidate.commit if takes_back else "")
         journal.unlink()
         return text.splitlines()[-1]
@@ -250,15 +259,19 @@ class Repository:
         refs = self.git("for-each-ref", "--format=%(refname)", "--no-merged=HEAD", REFS).split()
         if not refs:
             raise Refused("nothing to archive: the branch has every experiment's commit")
+        if (self.folder / ARCHIVE).exists():
+            packed = {line.split()[1] for line in self.git("bundle", "list-heads", ARCHIVE).splitlines()}
+            if packed == set(refs):
+                return f"{ARCHIVE} has all {len(refs)} attempts already"
         with tempfile.TemporaryDirectory(prefix="ratchet-bundle-") as folder:
             path = Path(folder) / ARCHIVE
             self.git("bundle", "create", "-q", str(path), f"--glob={REFS}/*", "^HEAD")
             data = path.read_bytes()
-        new_head = self._commit(self.head, {ARCHIVE: data}, f"archive of {len(refs)} experiments")
+        new_head = self._commit(self.head, {ARCHIVE: data}, f"archive of {len(refs)} attempts")
         self.git("update-ref", "-m", "ratchet: archive", self._repo.head.reference.path, new_head, self.head)
         (self.folder / ARCHIVE).write_bytes(data)
         self.git("reset", "-q", "--", ARCHIVE)
-        return f"{len(refs)} experiments in {ARCHIVE}, {len(data)} bytes"
+        return f"{len(refs)} attempts that the branch does not hold are in {ARCHIVE}, {len(data)} bytes"
 
     def unpack_archive(self) -> None:
         """Brings back the attempts' refs in a clone, from the committed bundle, where they are missing."""

@@ -15,6 +15,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+# What would make the checked program another than the timed one, or take work out of both.
+FORBIDDEN_PRIMITIVES = ("platform_index", "pure_callback", "io_callback", "debug_callback", "python_callback")
+
 
 class WorkerFailure(Exception):
     """A failed candidate: status and reason go to the verdict."""
@@ -68,6 +71,13 @@ def trace(request: dict[str, Any]) -> dict[str, Any]:
                 jaxpr, outputs = jax.make_jaxpr(kernel_fn, return_shape=True)(*shapes)
             except (Exception, SystemExit) as error:
                 raise WorkerFailure("FAIL_CRASH", f"workload {name}: kernel_fn raised {where(error, path)}") from error
+            forbidden = jax_shims.find_primitives(jaxpr, FORBIDDEN_PRIMITIVES)
+            if forbidden:
+                raise WorkerFailure(
+                    "FAIL_CONTRACT",
+                    f"workload {name}: kernel_fn uses {', '.join(forbidden)}: the program that is checked on the CPU "
+                    "must be the one that runs on the chip, with no callbacks",
+                )
             leaves, tree = jax.tree.flatten(outputs)
             donated = jax_shims.donated_arguments(jaxpr, len(shapes))
 

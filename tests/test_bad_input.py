@@ -127,6 +127,17 @@ def test_exception_names_type_message_and_line(judge_file, variant):
     failed(judge_file(text), "FAIL_CRASH", "kernel_fn raised KeyError: 'no such tile'", f"(kernel.py:{line})")
 
 
+@pytest.mark.parametrize(
+    ("expression", "told"),
+    [
+        ("jax.lax.platform_dependent(x, tpu=lambda x: x, default=lambda x: x + 0)", "kernel_fn uses platform_index"),
+        ("jax.pure_callback(lambda x: x, jax.ShapeDtypeStruct(x.shape, x.dtype), x)", "kernel_fn uses pure_callback"),
+    ],
+)
+def test_two_faced_programs_and_callbacks_are_refused(judge_file, variant, expression, told):
+    failed(judge_file(variant((TRACED, f"    x = {expression}\n{TRACED}"))), "FAIL_CONTRACT", told)
+
+
 def test_exception_at_import(judge_file, variant):
     text = variant(("BLOCK = 32", "BLOCK = 32 // 0"))
     failed(judge_file(text), "FAIL_CRASH", "importing the kernel file raised ZeroDivisionError", "(kernel.py:")

@@ -212,8 +212,15 @@ def test_archive_clone_audit_and_tampering(story, tmp_path):
     project = story.project
     done = project.ratchet("--archive")
     assert done.code == 0, done.err
-    assert re.search(r"^archive: \d+ experiments in experiments.bundle, \d+ bytes$", done.out, re.M)
+    assert re.search(
+        r"^archive: \d+ attempts that the branch does not hold are in experiments.bundle, \d+ bytes$", done.out, re.M
+    )
     assert project.git("diff", "--name-only", "HEAD^", "HEAD").split() == ["experiments.bundle"]
+    head = project.git("rev-parse", "HEAD")
+    assert re.search(
+        r"^archive: experiments.bundle has all \d+ attempts already$", project.ratchet("--archive").out, re.M
+    )
+    assert project.git("rev-parse", "HEAD") == head
     assert project.git("status", "--porcelain") == "?? mine.txt\n"
 
     clone = type(project)(tmp_path / "clone")

@@ -6,7 +6,17 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from judge.oracle import DEFAULT_TOLERANCE, Mismatch, SealError, check_sets, compare, inputs_of, limits, workloads_of
+from judge.oracle import (
+    DEFAULT_TOLERANCE,
+    TIMED_SEED,
+    Mismatch,
+    SealError,
+    check_sets,
+    compare,
+    inputs_of,
+    limits,
+    workloads_of,
+)
 
 BF16 = ml_dtypes.bfloat16
 
@@ -195,7 +205,12 @@ def test_check_sets_change_the_workload_and_have_seeds_of_their_own():
     sets = check_sets(sealed(CHECKS={"edges": {"batch": "edges"}, "long": {}}), {"batch": "decode", "n": 4})
     assert sets["edges"][1] == {"batch": "edges", "n": 4} and sets["long"][1] == {"batch": "decode", "n": 4}
     assert sets["edges"][0] != sets["long"][0]
-    assert check_sets(sealed(), {"n": 4}) == {"seed 1": (1, {"n": 4}), "seed 2": (2, {"n": 4})}
+    assert check_sets(sealed(), {"n": 4}) == {"seed 1": (1, {"n": 4}), "timed inputs": (TIMED_SEED, {"n": 4})}
+
+
+def test_the_inputs_whose_time_counts_are_checked_last():
+    sets = check_sets(sealed(CHECKS={"edges": {"batch": "edges"}}), {"batch": "decode"})
+    assert list(sets.items())[-1] == ("timed inputs", (TIMED_SEED, {"batch": "decode"}))
 
 
 @pytest.mark.parametrize("made", [None, np.zeros(3), [], (), ([np.zeros(1), np.zeros(2)],), ({"a": 1},)])

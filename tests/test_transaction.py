@@ -59,7 +59,12 @@ def linked(project):
     project.kernel.symlink_to("elsewhere.py")
 
 
+def strange_judge(project):
+    (project.folder / "judge" / "extra.py").write_text("pass\n")
+
+
 REFUSED = [
+    (strange_judge, "files in judge/ that git does not know change the judge: judge/extra.py"),
     (detached, "HEAD is detached: check out a branch first"),
     (unborn, "the branch has no commit yet: commit the project first"),
     (merging, "a git operation is in progress (MERGE_HEAD): finish or abort it first"),
@@ -121,7 +126,7 @@ def test_branch_that_moved_meanwhile_is_left(project):
         candidate = repository.candidate("first")
         project.git("commit", "-q", "--allow-empty", "-m", "theirs")
         before = project.state()
-        with pytest.raises(Refused, match="update-ref failed"):
+        with pytest.raises(Refused, match="the branch moved while the experiment ran: nothing was recorded; run it again"):
             repository.record(candidate, row(1, candidate))
     after = project.state()
     assert after.pop("refs").replace(f"{candidate.commit} commit\trefs/ratchet/1/1\n", "") == before.pop("refs")

@@ -204,7 +204,8 @@ class _Core:
 
     def halt(self, address: int, line: int) -> None:
         raise ExecutionError(
-            f"{self.dump.path.name}:{line}: the program halts itself at bundle {address:#x} (shalt.err)"
+            f"the program halts itself at bundle {address:#x} (shalt.err, line {line}): usually a copy that is never "
+            "waited for, or a wait or signal without its pair, which leaves a semaphore above zero at the end"
         )
 
     def check_exit(self) -> None:
