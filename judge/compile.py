@@ -106,6 +106,7 @@ def _message(error: BaseException) -> str:
 def main() -> None:
     sys.path.append(str(Path(__file__).resolve().parent.parent))
     from judge import jax_shims
+    from judge.worker import write_result
 
     request = json.loads(Path(sys.argv[1]).read_text())
     jax_shims.set_environment()
@@ -113,10 +114,7 @@ def main() -> None:
     os.environ["LIBTPU_INIT_ARGS"] = (
         f"--xla_jf_dump_to={request['dump']} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final"
     )
-    result = compile_all(request)
-    partial = Path(request["out"]) / "result.json.part"
-    partial.write_text(json.dumps(result))
-    partial.rename(partial.with_suffix(""))
+    write_result(request, compile_all(request))
 
 
 if __name__ == "__main__":

@@ -242,7 +242,7 @@ def _report(bad: np.ndarray, got: np.ndarray, want: np.ndarray, what: str) -> No
 def main() -> None:
     sys.path.append(str(Path(__file__).resolve().parent.parent))
     from judge import jax_shims
-    from judge.worker import load_kernel, where
+    from judge.worker import load_kernel, where, write_result
 
     jax_shims.set_environment()
     request = json.loads(Path(sys.argv[1]).read_text())
@@ -262,9 +262,7 @@ def main() -> None:
     except (Exception, SystemExit) as error:
         what = "importing the kernel file raised" if blame == "FAIL_CRASH" else "the problem's definition raised"
         result = {"status": "SEAL", "blame": blame, "reason": f"{what} {where(error, path)}"}
-    partial = Path(request["out"]) / "result.json.part"
-    partial.write_text(json.dumps(result))
-    partial.rename(partial.with_suffix(""))
+    write_result(request, result)
 
 
 if __name__ == "__main__":

@@ -376,7 +376,7 @@ def _traced(result: Mapping[str, Any], name: str, folder: Path) -> dict[str, Any
 _STAGE_OF = {
     "worker.py": "importing and tracing the kernel file",
     "compile.py": "compiling for the chip",
-    "oracle.py": "importing the sealed file (in a dry run, the kernel file), its inputs or its reference",
+    "oracle.py": "importing the problem's file, its inputs, its reference or the check of the CPU program",
 }
 
 

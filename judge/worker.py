@@ -45,6 +45,13 @@ def where(error: BaseException, path: Path) -> str:
     return f"{type(error).__name__}: {message[:2000]}{line}"
 
 
+def write_result(request: dict[str, Any], result: dict[str, Any]) -> None:
+    """Leaves a stage's `result.json` in the folder that its request names, whole or not at all."""
+    partial = Path(request["out"]) / "result.json.part"
+    partial.write_text(json.dumps(result))
+    partial.rename(partial.with_suffix(""))
+
+
 def trace(request: dict[str, Any]) -> dict[str, Any]:
     """Artifacts of every workload. Raises WorkerFailure."""
     import jax
@@ -113,9 +120,7 @@ def main() -> None:
         result = trace(request)
     except WorkerFailure as failure:
         result = {"status": failure.status, "reason": str(failure)}
-    partial = Path(request["out"]) / "result.json.part"
-    partial.write_text(json.dumps(result))
-    partial.rename(partial.with_suffix(""))
+    write_result(request, result)
 
 
 if __name__ == "__main__":

@@ -92,6 +92,8 @@ def _profile(call: Callable[[list[Any]], float], inputs: list[Any], request: dic
 
 def main() -> None:
     sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
+    from judge.worker import write_result
+
     request = json.loads(Path(sys.argv[1]).read_text())
     if request["device"] == "cpu":
         os.environ["JAX_PLATFORMS"] = "cpu"
@@ -99,9 +101,7 @@ def main() -> None:
         result = measure(request)
     except Exception as error:
         result = {"status": "FAIL_CRASH", "reason": f"{type(error).__name__}: {str(error)[:2000]}"}
-    partial = Path(request["out"]) / "result.json.part"
-    partial.write_text(json.dumps(result))
-    partial.rename(partial.with_suffix(""))
+    write_result(request, result)
 
 
 if __name__ == "__main__":
