@@ -420,9 +420,13 @@ WORKLOADS = {
     "mixed": {"batch": "mixed", "num_tokens": 2048, "num_seqs": 64, "num_pages": 4096, "page_size": 32},
 }
 # name → what a check set changes in each workload; every shape stays, so that the artifact that is timed is checked.
+# None is drawn by the judge, anew for each judging; `races` is also what the strict interpreter runs.
 CHECKS = {
     "edges": {"batch": "edges", "poison": True},
     "short": {"batch": "short", "poison": True},
+    "holdout": {"batch": "short", "poison": True, "draw": None},
+    "large": {"batch": "races", "poison": True, "magnitude": 64.0},
+    "races": {"batch": "races", "poison": True},
     "long": {"batch": "long", "poison": True},
 }
 # One entry an output: bfloat16 attention against a float32 oracle; the cache must agree to the bit.
@@ -431,10 +435,10 @@ TOLERANCE = ({"rtol": 0.01, "atol": 0.004}, 0)
 MAX_CONTEXT = 8192
 
 
-def _lengths(*, batch, num_tokens, num_seqs, num_pages, page_size, poison=False):
+def _lengths(*, batch, num_tokens, num_seqs, num_pages, page_size, poison=False, draw=5, magnitude=1.0):
     """(q_lens, kv_lens, num_decodes): tokens of each live sequence, new and in all. A pure function."""
-    del poison
-    rng = np.random.default_rng(5)
+    del poison, magnitude
+    rng = np.random.default_rng(draw)
     if batch == "decode":
         q_lens = np.ones(num_seqs, np.int64)
         kv_lens = _contexts(rng, num_seqs)
@@ -448,6 +452,11 @@ def _lengths(*, batch, num_tokens, num_seqs, num_pages, page_size, poison=False)
         q_lens = np.concatenate([np.ones(48, np.int64), chunks])
         kv_lens = np.concatenate([_contexts(rng, 48), chunks + np.array([2048, 0, 3000, 0, 777])])
         num_decodes = 48
+    elif batch == "races":
+        # Few tokens, but several KV blocks and an unfinished one: every buffer is used again.
+        q_lens = np.array([1, 0, min(num_tokens // 2, 9)])
+        kv_lens = np.array([min(num_pages * page_size // 4, 1100), 0, min(num_pages * page_size // 4, 77)])
+        num_decodes = 1
     elif batch == "long":
         q_lens = np.array([0, min(num_tokens, 200), 0])
         kv_lens = np.array([0, MAX_CONTEXT - 3, 0])
@@ -490,8 +499,8 @@ def generate_inputs(key, **workload):
     typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     rng = np.random.default_rng(np.asarray(jax.random.key_data(key) if typed else key, np.uint32))
 
-    def normal(*shape):
-        return rng.standard_normal(shape, dtype=np.float32).astype(DTYPE)
+    def normal(*shape, scale=1.0):
+        return (scale * rng.standard_normal(shape, dtype=np.float32)).astype(DTYPE)
 
     pages_per_seq = MAX_CONTEXT // page_size
     free_pages = rng.permutation(num_pages)
@@ -508,7 +517,7 @@ def generate_inputs(key, **workload):
     # A prime number of random pages, repeated: as good as a pool of random values, and two hundred times cheaper.
     pattern = normal(61, page_size, 2 * NUM_KV_HEADS // PACK, PACK, HEAD_DIM)
     kv_cache = np.resize(pattern, (num_pages, *pattern.shape[1:]))
-    queries = normal(num_tokens, NUM_Q_HEADS, HEAD_DIM)
+    queries = normal(num_tokens, NUM_Q_HEADS, HEAD_DIM, scale=workload.get("magnitude", 1.0))
     keys = normal(num_tokens, NUM_KV_HEADS, HEAD_DIM)
     values = normal(num_tokens, NUM_KV_HEADS, HEAD_DIM)
     if poison:

@@ -9,7 +9,10 @@ tool could not judge.
 import sys
 
 if __name__ == "__main__":
-    sys.path.append(sys.path.pop(0))  # a file here must not stand in for an installed module
+    # A file here must not stand in for an installed module; in an isolated interpreter the folder is not there yet.
+    sys.path.append(__file__.rpartition("/")[0] or ".")
+    if not sys.flags.isolated:
+        sys.path.pop(0)
 
 import argparse
 import json
@@ -17,13 +20,13 @@ import signal
 import traceback
 from pathlib import Path
 
-from judge import contract, experiment, pipeline, profile, report_lines
-from judge.audit import audit
+from judge import containment, contract, experiment, identity, pipeline, profile, report_lines
+from judge.audit import audit, rejudge
 from judge.chips import CHIPS, DEFAULT_CHIP, load_chip
 from judge.ledger import LedgerError
 from judge.transaction import Refused, Repository, exclusive
 
-ROOT = Path(__file__).resolve().parent
+ROOT = identity.root_of(Path(__file__))  # the project, also where this is the judge's copy of itself
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -60,6 +63,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--trace-limit", metavar="S", type=float, default=120.0, help="seconds to import and trace; default 120"
     )
+    parser.add_argument(
+        "--require-sandbox",
+        action="store_true",
+        help="exit 2 where this machine lacks what contains a kernel file,\ninstead of saying so and going on",
+    )
+    parser.add_argument(
+        "--rejudge", metavar="N", type=int, default=0, help="with --audit: judge the last N kept commits again, too"
+    )
     parser.add_argument("--device", choices=("tpu", "cpu"), default="tpu", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     chosen = [options.experiment is not None, options.new_baseline is not None, options.audit, options.archive]
@@ -67,6 +78,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("choose one of --dry-run, --experiment, --new-baseline, --audit, --archive")
     if any(chosen) and (options.workload or options.device != "tpu"):
         parser.error("--workload and --device are for dry runs: an experiment is judged on everything")
+    if options.rejudge < 0 or (options.rejudge and not options.audit):
+        parser.error("--rejudge N goes with --audit, N at least 1")
     if not options.trace_limit > 0:
         parser.error("--trace-limit must be positive")
     return options
@@ -101,10 +114,25 @@ def dry_run(options: argparse.Namespace) -> int:
     return 0 if verdict.status == "PASS" else 1
 
 
+def check_machine(*, required: bool) -> None:
+    """Says once what this machine lacks to contain a kernel file. Raises CannotJudge where that is not enough."""
+    lacks = "; ".join(containment.missing())
+    if lacks and required:
+        raise pipeline.CannotJudge(f"--require-sandbox: this machine does not offer {lacks}")
+    if lacks:
+        pipeline.print_progress(f"note: this machine does not offer {lacks}")
+
+
 def run(options: argparse.Namespace) -> int:
+    identity.check(ROOT)
     load_chip(options.chip)
+    identity.run_from_copy(ROOT, Path(__file__), sys.argv[1:])
+    if not options.archive and (not options.audit or options.rejudge):
+        check_machine(required=options.require_sandbox)
     if options.audit:
         findings = audit(ROOT)
+        if options.rejudge and not findings:
+            findings = rejudge(ROOT, options.rejudge, pipeline.print_progress)
         print("\n".join(findings) or "audit: ledger and git agree")
         return 1 if findings else 0
     if options.archive:
@@ -145,7 +173,7 @@ def main() -> int:
         signal.signal(number, interrupt)
     try:
         return run(options)
-    except (Refused, LedgerError, pipeline.CannotJudge, ValueError, OSError) as error:
+    except (Refused, LedgerError, identity.Tampered, pipeline.CannotJudge, ValueError, OSError) as error:
         message = str(error)
     except Interrupted as signalled:
         print("ratchet: interrupted; nothing was recorded, kernel.py is as you left it", file=sys.stderr)

@@ -1,9 +1,15 @@
 """Does the ledger say what git has? The chain of hashes, every row's commit, kept ones on the branch."""
 
+from collections.abc import Callable
 from pathlib import Path
 
-from judge import ledger
+from judge import ledger, pipeline
+from judge.chips import load_chip
+from judge.decide import PASS
+from judge.identity import judge_sha256
 from judge.transaction import LEDGER, Refused, Repository
+
+CHIP_NOISE = 0.1  # of a measured time, between one day and another
 
 
 def audit(folder: Path) -> list[str]:
@@ -36,3 +42,48 @@ def audit(folder: Path) -> list[str]:
             else:
                 champions[row.lineage] = row.score
     return findings
+
+
+def rejudge(folder: Path, count: int, progress: Callable[[str], None]) -> list[str]:
+    """Judges the last `count` kept commits again; a line for each whose figures are not the row's.
+
+    To the digit in model mode, within CHIP_NOISE in chip mode. A row of another version of the judge is named: what
+    this one finds of it would say nothing about it.
+    """
+    rows = ledger.read(folder / LEDGER)
+    repository = Repository(folder)
+    findings, own = [], judge_sha256(folder)
+    for row in [row for row in rows if row.status == PASS][-count:]:
+        where = f"row {row.number} ({row.commit[:12]}, {row.chip})"
+        if row.judge_sha256 != own:
+            findings.append(f"{where}: judged by another judge ({row.judge_sha256[:12]}), cannot be judged again")
+            continue
+        progress(f"rejudging {where}")
+        baseline = next(kept for kept in ledger.kept(rows, row.lineage))
+        task = pipeline.Task(
+            candidate=repository.source_at(row.commit),
+            sealed=repository.source_at(baseline.commit),
+            chip=load_chip(row.chip),
+            mode=row.mode,
+        )
+        with pipeline.private_folder() as private:
+            verdict = pipeline.Judging(task, private, progress).run()
+        findings += [f"{where}: {told}" for told in _deviations(row, verdict)]
+    return findings
+
+
+def _deviations(row: ledger.Row, verdict: pipeline.Verdict) -> list[str]:
+    """What a new verdict says otherwise than its row."""
+    if verdict.status != PASS:
+        return [f"is {verdict.status} now: {verdict.reason}"]
+    times = {name: figures.latency_ms for name, figures in verdict.workloads.items()}
+    if list(times) != list(row.workload_ms):
+        return [f"has the workloads {', '.join(times)} now"]
+    exact = row.mode == "model"
+    found = []
+    for name, then in row.workload_ms.items():
+        now = times[name]
+        same = f"{now:.9g}" == f"{then:.9g}" if exact else abs(now / then - 1) <= CHIP_NOISE
+        if not same:
+            found.append(f"workload {name} takes {now:.9g} ms now, {then:.9g} ms in the row")
+    return found

@@ -8,13 +8,17 @@ compute_flops(), get_tiling_meta(). Optional ones refine the problem:
   TOLERANCE   a number, {"rtol": …, "atol": …}, or one of these an output; 0 means equal to the bit
   compute_bytes()  HBM bytes that any kernel must move
   TUNABLES    name → allowed values of a module-level constant
+  NEEDS       what a baseline asks for beyond judge/policy.py: modules to import, "no pallas" for a plain XLA program
 
 This module reads the file as text. Nothing here runs it.
 """
 
 import ast
+import difflib
 from dataclasses import dataclass
 from pathlib import Path
+
+from judge import policy
 
 REQUIRED = (
     "KERNEL_NAME",
@@ -25,8 +29,13 @@ REQUIRED = (
     "compute_flops",
     "get_tiling_meta",
 )
-SEALED = ("reference_fn", "generate_inputs", "compute_flops", "compute_bytes", "WORKLOADS", "CHECKS", "TOLERANCE")
+SEALED = (
+    *("reference_fn", "generate_inputs", "compute_flops", "compute_bytes"),
+    *("WORKLOADS", "CHECKS", "TOLERANCE", policy.NEEDS),
+)
 MAX_SOURCE_BYTES = 1 << 20
+MAX_DIFF_LINES = 12
+MAX_VIOLATIONS = 3  # that a message names
 
 
 class ContractError(Exception):
@@ -40,6 +49,7 @@ class Source:
     text: str
     name: str  # for messages
     definitions: dict[str, str]  # top-level name → its definition, without layout and comments
+    needs: tuple[str, ...]  # NEEDS
 
 
 def read_source(path: Path) -> Source:
@@ -62,7 +72,8 @@ def check_source(data: bytes, name: str) -> Source:
         raise ContractError(f"{name}: too large; a kernel file has at most {MAX_SOURCE_BYTES} bytes")
     try:
         text = data.decode()
-        definitions = _definitions(ast.parse(text, filename=name))
+        tree = ast.parse(text, filename=name)
+        definitions, needs = _definitions(tree), policy.needs_of(tree)
     except SyntaxError as error:
         line = "" if error.lineno is None else f":{error.lineno}"
         raise ContractError(f"{name}{line}: syntax error: {error.msg}") from None
@@ -73,7 +84,7 @@ def check_source(data: bytes, name: str) -> Source:
         raise ContractError(
             f"{name}: missing {', '.join(missing)}; a kernel file defines {', '.join(REQUIRED)} at its top level"
         )
-    return Source(text=text, name=name, definitions=definitions)
+    return Source(text=text, name=name, definitions=definitions, needs=needs)
 
 
 def _definitions(tree: ast.Module) -> dict[str, str]:
@@ -107,5 +118,35 @@ def check_seal(candidate: Source, sealed: Source) -> None:
     if changed:
         raise ContractError(
             f"{candidate.name} changes {', '.join(changed)}, which the lineage's baseline seals: put it back, or start "
-            'a new lineage on the new problem with ./ratchet.sh --new-baseline "why"'
+            'a new lineage on the new problem with ./ratchet.sh --new-baseline "why"\n'
+            + "\n".join(seal_diff(candidate, sealed, changed))
         )
+
+
+def seal_diff(candidate: Source, sealed: Source, changed: list[str]) -> list[str]:
+    """What differs in those symbols, as a unified diff, layout and comments aside; at most MAX_DIFF_LINES lines."""
+    lines: list[str] = []
+    for name in changed:
+        before, after = (_readable(source, name) for source in (sealed, candidate))
+        lines += difflib.unified_diff(before, after, f"sealed {name}", f"{candidate.name} {name}", n=0, lineterm="")
+    cut = len(lines) - MAX_DIFF_LINES
+    return [line[:200] for line in lines[:MAX_DIFF_LINES]] + ([f"… and {cut} more lines"] if cut > 0 else [])
+
+
+def _readable(source: Source, symbol: str) -> list[str]:
+    """Every top-level statement that defines the symbol, written out anew."""
+    tree = ast.parse(source.text)
+    defining = (node for node in tree.body if symbol in _definitions(ast.Module(body=[node], type_ignores=[])))
+    return [line for node in defining for line in ast.unparse(node).splitlines()]
+
+
+def check_policy(candidate: Source, sealed: Source) -> None:
+    """Raises ContractError with line and rule where the file says what it may not (judge/policy.py)."""
+    try:
+        found = policy.violations(ast.parse(candidate.text), sealed.needs)
+    except RecursionError:
+        raise ContractError(f"{candidate.name}: too deeply nested") from None
+    if found:
+        told = [f"{candidate.name}:{violation.line}: {violation.rule}" for violation in found[:MAX_VIOLATIONS]]
+        rest = f"; and {len(found) - MAX_VIOLATIONS} more" if len(found) > MAX_VIOLATIONS else ""
+        raise ContractError("; ".join(told) + rest)

@@ -1,6 +1,5 @@
 """One experiment from edit to ledger row: what ./ratchet.sh runs."""
 
-import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,10 +7,10 @@ from typing import Any
 from judge import decide, ledger, pipeline, profile, report_lines
 from judge.chips import Chip
 from judge.contract import ContractError, Source, check_source
+from judge.identity import judge_sha256
 from judge.measure.manager import chip_attached
 from judge.transaction import KERNEL, LEDGER, Candidate, Refused, Repository, exclusive
 
-JUDGE_FILES = ("prepare.py", "ratchet.sh", "setup.sh", "requirements.lock")
 MAX_NOTE = 2000
 # A program that failed for these may do better another time, so its hash says nothing.
 _WORTH_RETRYING = ("FAIL_TIMEOUT", "FAIL_CRASH")
@@ -37,16 +36,6 @@ def resolve_mode(mode: str, device: str = "tpu") -> str:
     if mode == "chip" and not attached:
         raise pipeline.CannotJudge("no TPU is attached to this machine; --mode model predicts without one")
     return mode if mode != "auto" else ("chip" if attached and device == "tpu" else "model")
-
-
-def judge_sha256(folder: Path) -> str:
-    """Hash of everything that judges: judge/ with its data, the commands, the locked versions."""
-    files = [folder / name for name in JUDGE_FILES if (folder / name).exists()]
-    files += [path for path in (folder / "judge").rglob("*") if path.suffix in (".py", ".toml")]
-    digest = hashlib.sha256()
-    for path in sorted(files):
-        digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes() + b"\0")
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,11 +92,8 @@ def run(folder: Path, experiment: Experiment) -> Outcome:
         rows = ledger.parse(repository.ledger_text())
         lineage = find_lineage(rows, experiment.chip.name, experiment.mode, new_baseline=experiment.new_baseline)
         candidate = repository.candidate(experiment.note)
-        if lineage.champion and lineage.champion.judge_sha256 != judge_sha256(folder):
-            pipeline.print_progress(
-                "note: the champion was judged by another version of the judge; if its figures no longer compare, "
-                './ratchet.sh --new-baseline "why" starts a lineage'
-            )
+        if lineage.baseline and lineage.baseline.judge_sha256 != judge_sha256(folder):
+            _other_judge(lineage.baseline, candidate)
         verdict = _judge(repository, candidate, lineage, rows, experiment)
         row = _row(folder, candidate, verdict, lineage, rows, experiment.note)
         repository.record(candidate, row, keep_edit=experiment.new_baseline)
@@ -116,6 +102,17 @@ def run(folder: Path, experiment: Experiment) -> Outcome:
     exit_code = 0 if row.status == decide.PASS or confirmed else 1
     lines = _lines(row, verdict, candidate, keep_edit=experiment.new_baseline)
     return Outcome(row=row, verdict=verdict, lines=lines, exit_code=exit_code)
+
+
+def _other_judge(baseline: ledger.Row, candidate: Candidate) -> None:
+    """Raises Refused for an edit: its figures and the champion's would be two judges'."""
+    told = (
+        f"this judge is not the one that lineage {baseline.lineage} was sealed with ({baseline.judge_sha256[:12]}), "
+        'so figures may not compare; ./ratchet.sh --new-baseline "why" starts a lineage with it'
+    )
+    if not candidate.unchanged:
+        raise Refused(told)
+    pipeline.print_progress(f"note: {told}")
 
 
 def _judge(

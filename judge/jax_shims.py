@@ -3,8 +3,10 @@
 Remove a shim when the version that is pinned no longer shows its symptom.
 """
 
+import dataclasses
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 COMPILE_ENVIRONMENT = {
@@ -58,8 +60,45 @@ def on_chip(device: Any) -> Any:
     return jax.sharding.use_abstract_mesh(Mesh(np.array([device]), ("chip",)).abstract_mesh)
 
 
+PALLAS_CALLS = ("pallas_call", "core_map", "mpmd_map")
+
+
 def interpreted(closed_jaxpr: Any) -> Any:
-    """The same jaxpr with every pallas_call, however deep, switched to the interpreter."""
+    """The same jaxpr with every Pallas kernel, however deep, switched to the interpreter that lowers to XLA."""
+    return _with_interpreter(closed_jaxpr, True, frozenset())
+
+
+def strict(closed_jaxpr: Any) -> Any:
+    """The same with the interpreter that simulates memories, DMAs and semaphores and looks for races."""
+    from jax._src.callback import _OrderedIOEffect
+    from jax.experimental.pallas import tpu as pltpu
+
+    parameters = pltpu.InterpretParams(
+        detect_races=True,
+        out_of_bounds_reads="raise",
+        uninitialized_memory="nan",
+        dma_execution_mode="on_wait",
+    )
+    return _with_interpreter(closed_jaxpr, parameters, frozenset((_OrderedIOEffect,)))
+
+
+def races_found() -> bool:
+    """Whether the last strict run saw a race."""
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+
+    races = interpret_pallas_call.races
+    return races is not None and bool(races.races_found)
+
+
+def reset_strict() -> None:
+    """What the strict interpreter asks for between runs."""
+    from jax.experimental.pallas import tpu as pltpu
+
+    pltpu.reset_tpu_interpret_mode_state()
+
+
+def _with_interpreter(closed_jaxpr: Any, interpret: Any, effects: frozenset[Any]) -> Any:
+    """Every Pallas kernel with parameter `interpret`; `effects` are what it then has, and so all that contains it."""
     from jax._src import core
 
     def convert(value: Any) -> Any:
@@ -74,36 +113,106 @@ def interpreted(closed_jaxpr: Any) -> Any:
     def walk(jaxpr: Any) -> Any:
         equations = []
         for equation in jaxpr.eqns:
-            if equation.primitive.name == "pallas_call":
-                params = {**equation.params, "interpret": True}
+            if equation.primitive.name in PALLAS_CALLS:
+                params, has = {**equation.params, "interpret": interpret}, effects
             else:
                 params = {name: convert(value) for name, value in equation.params.items()}
-            equations.append(equation.replace(params=params))
-        return jaxpr.replace(eqns=equations)
+                has = effects if any(map(_is_affected, params.values())) else frozenset()
+            equations.append(equation.replace(params=params, effects=equation.effects | has))
+        inherited = set().union(*(equation.effects & effects for equation in equations))
+        return jaxpr.replace(eqns=equations, effects=jaxpr.effects | inherited)
+
+    def _is_affected(value: Any) -> bool:
+        if isinstance(value, tuple | list):
+            return any(map(_is_affected, value))
+        return isinstance(value, core.ClosedJaxpr | core.Jaxpr) and bool(value.effects & effects)
 
     return convert(closed_jaxpr)
 
 
-def find_primitives(closed_jaxpr: Any, names: Sequence[str]) -> list[str]:
-    """Which of the named primitives occur in a jaxpr, however deep, Pallas bodies included."""
+def _walk(value: Any, visit: Callable[[Any], bool | None], seen: set[int] | None = None) -> None:
+    """Calls visit(equation) for every equation however deep, Pallas bodies and index maps included; where it returns
+    False, what is in the equation is left out."""
     from jax._src import core
 
+    seen = set() if seen is None else seen
+    if isinstance(value, str | int | float | bool | None) or id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, core.ClosedJaxpr):
+        _walk(value.jaxpr, visit, seen)
+    elif isinstance(value, core.Jaxpr):
+        for equation in value.eqns:
+            if visit(equation) is not False:
+                _walk(equation.params, visit, seen)
+    elif isinstance(value, tuple | list):
+        for item in value:
+            _walk(item, visit, seen)
+    elif isinstance(value, dict):
+        for item in value.values():
+            _walk(item, visit, seen)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            _walk(getattr(value, field.name, None), visit, seen)
+
+
+def find_primitives(closed_jaxpr: Any, names: Sequence[str]) -> list[str]:
+    """Which of the named primitives occur in a jaxpr, however deep, Pallas bodies and index maps included."""
     found: set[str] = set()
-
-    def walk(value: Any) -> None:
-        if isinstance(value, core.ClosedJaxpr):
-            walk(value.jaxpr)
-        elif isinstance(value, core.Jaxpr):
-            for equation in value.eqns:
-                found.update({equation.primitive.name} & set(names))
-                for parameter in equation.params.values():
-                    walk(parameter)
-        elif isinstance(value, tuple | list):
-            for item in value:
-                walk(item)
-
-    walk(closed_jaxpr)
+    _walk(closed_jaxpr, lambda equation: found.update({equation.primitive.name} & set(names)))
     return sorted(found)
+
+
+def interpreted_calls(closed_jaxpr: Any) -> int:
+    """How many pallas_calls say that they are to be interpreted."""
+    found: list[Any] = []
+
+    def visit(equation: Any) -> None:
+        if equation.primitive.name in PALLAS_CALLS and equation.params.get("interpret"):
+            found.append(equation)
+
+    _walk(closed_jaxpr, visit)
+    return len(found)
+
+
+def constant_bytes(closed_jaxpr: Any) -> int:
+    """Bytes of arrays that a jaxpr holds instead of taking or computing them."""
+    from jax._src import core
+
+    sizes: dict[int, int] = {}
+
+    def count(value: Any) -> None:
+        sizes[id(value)] = int(getattr(value, "nbytes", 0))
+
+    def visit(equation: Any) -> None:
+        for atom in equation.invars:
+            if isinstance(atom, core.Literal):
+                count(atom.val)
+        for parameter in equation.params.values():
+            if isinstance(parameter, core.ClosedJaxpr):
+                for constant in parameter.consts:
+                    count(constant)
+
+    for constant in closed_jaxpr.consts:
+        count(constant)
+    _walk(closed_jaxpr, visit)
+    return sum(sizes.values())
+
+
+def matmul_flops_beside_kernels(closed_jaxpr: Any) -> float:
+    """FLOPs of the matrix products outside every Pallas kernel, loops taken once."""
+    total = 0.0
+
+    def visit(equation: Any) -> bool:
+        nonlocal total
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            total += 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[i] for i in contracted)
+        return equation.primitive.name not in PALLAS_CALLS
+
+    _walk(closed_jaxpr, visit)
+    return total
 
 
 def donated_arguments(closed_jaxpr: Any, num_arguments: int) -> tuple[int, ...]:

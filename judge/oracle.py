@@ -5,7 +5,8 @@
 The sealed kernel file (the lineage's baseline, or the file itself in a dry run) gives inputs, reference and
 tolerances; the candidate's CPU artifact is a pure program that runs on copies of the same inputs. Covered: shape,
 dtype and tree of every output, a non-finite value where the oracle has none, error beyond tolerance, to the bit where
-the tolerance is 0. Not covered: races, reads of memory never written.
+the tolerance is 0; a slice of an input changed at random changes what it should and nothing else; two runs agree.
+Not covered: races, reads of memory never written (strict.py).
 """
 
 import hashlib
@@ -23,6 +24,8 @@ import numpy as np
 # Relative to the value and to the RMS of the output, by the lowest precision among inputs and that output.
 DEFAULT_TOLERANCE = {"bfloat16": 2e-2, "float16": 5e-3, "float8": 1e-1, "float32": 1e-3, "float64": 1e-6}
 TIMED_SEED = 0
+RACES = "races"
+SECRET = "secret seed"
 SMALL_INTEGER_BYTES = 16 << 20  # larger integer arrays cannot be scalars of a program
 
 
@@ -87,6 +90,7 @@ def describe(sealed: ModuleType, request: dict[str, Any]) -> dict[str, Any]:
         described[name] = {
             "inputs": [{"shape": list(array.shape), "dtype": str(array.dtype)} for array in inputs],
             "flops": float(sealed.compute_flops(**arguments)),
+            "declares_bytes": hasattr(sealed, "compute_bytes"),
             "compulsory_bytes": _compulsory_bytes(sealed, arguments, inputs),
         }
     return {"status": "PASS", "workloads": described}
@@ -102,61 +106,162 @@ def _compulsory_bytes(sealed: ModuleType, arguments: dict[str, Any], inputs: lis
     return float(sum(a.nbytes for a in inputs) + sum(math.prod(o.shape) * np.dtype(o.dtype).itemsize for o in outputs))
 
 
-def check_sets(sealed: ModuleType, arguments: dict[str, Any]) -> dict[str, tuple[int, dict[str, Any]]]:
+def check_sets(sealed: ModuleType, arguments: dict[str, Any], secret: int) -> dict[str, tuple[int, dict[str, Any]]]:
     """Name → (seed, keyword arguments) of the inputs on which one workload is checked.
 
-    CHECKS first, because they are cheap; last the very inputs whose time counts, so that no kernel may treat them
-    otherwise. A file without CHECKS is checked on other values of the timed shapes instead.
+    CHECKS first, because they are cheap: an argument that is None there is drawn from `secret`, a number that nobody
+    knew before the artifacts existed. Then other values of the first of them, from that secret, and last the very
+    inputs whose time counts, so that no kernel may treat them otherwise. A file without CHECKS is checked on secret
+    values of the timed shapes.
     """
-    checks = getattr(sealed, "CHECKS", None)
-    if not checks:
-        sets = {"seed 1": (1, arguments)}
-    else:
-        sets = {
-            name: (int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big"), {**arguments, **changes})
-            for name, changes in checks.items()
-        }
-    return {**sets, "timed inputs": (TIMED_SEED, arguments)}
+    checks = getattr(sealed, "CHECKS", None) or {}
+    sets = {}
+    for name, changes in checks.items():
+        drawn = {key: secret if value is None else value for key, value in changes.items()}
+        seed = secret if drawn != dict(changes) else int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
+        sets[name] = (seed, {**arguments, **drawn})
+    first = next(iter(sets.values()))[1] if sets else arguments
+    return {**sets, SECRET: (secret, first), "timed inputs": (TIMED_SEED, arguments)}
+
+
+def strict_set(sealed: ModuleType, arguments: dict[str, Any], secret: int) -> tuple[str, tuple[int, dict[str, Any]]]:
+    """The check set that the strict interpreter runs: the one named `races`, else the first; small ones are fast."""
+    sets = check_sets(sealed, arguments, secret)
+    name = RACES if RACES in sets else next(iter(sets))
+    return name, sets[name]
 
 
 def check(sealed: ModuleType, request: dict[str, Any]) -> dict[str, Any]:
     """Runs every workload's CPU artifact on every check set. Raises Mismatch."""
-    import jax
-    from jax import export
-
-    from judge import jax_shims
-
     count = 0
     for name, arguments in workloads_of(sealed).items():
         if name not in request["workloads"]:
             continue
-        workload = request["workloads"][name]
-        with _blaming_the_program(f"workload {name}"):
-            exported = export.deserialize(bytearray(Path(workload["artifact"]).read_bytes()))
-            run = jax_shims.compile_cpu(exported.call, exported.in_avals, tuple(workload["donated"]))
-        for label, (seed, changed) in check_sets(sealed, arguments).items():
+        program = _Program(name, request["workloads"][name])
+        for label, (seed, changed) in check_sets(sealed, arguments, request["secret"]).items():
             inputs = inputs_of(sealed, seed, changed)
-            shapes = [(array.shape, str(array.dtype)) for array in inputs]
-            traced = [(tuple(aval.shape), str(aval.dtype)) for aval in exported.in_avals]
-            if shapes != traced:
-                raise SealError(f"workload {name}, check {label!r}: inputs {shapes} are not the timed ones {traced}")
+            program.check_shapes(inputs, label)
             where = f"workload {name}, check {label!r}"
-            with _blaming_the_program(where):
-                got = run(*(jax.numpy.array(array, copy=True) for array in inputs))
-                got_leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(got)]
-            # What kernel_fn gets on a chip: NumPy's own promotion would make float64 of int32 × float32.
-            want = sealed.reference_fn(*map(jax.numpy.asarray, inputs))
-            want_leaves, want_tree = jax.tree.flatten(want)
-            if str(want_tree) != workload["tree"]:
-                raise Mismatch(f"{where}: kernel_fn returns {workload['tree']}, reference_fn {want_tree}")
-            if len(got_leaves) != len(want_leaves):
-                raise Mismatch(f"{where}: {len(got_leaves)} outputs, reference_fn has {len(want_leaves)}")
-            tolerances = _tolerances(sealed, len(want_leaves))
-            lowest = _lowest_precision(inputs)
-            for i, (g, w) in enumerate(zip(got_leaves, want_leaves, strict=True)):
-                compare(g, np.asarray(w), tolerances[i], lowest, f"{where}, output {i}")
+            got, want = _agree(sealed, program, inputs, where)
+            if label == SECRET:
+                _probe(sealed, program, inputs, (got, want), request["secret"], where)
             count += 1
     return {"status": "PASS", "checks": count}
+
+
+class _Program:
+    """A workload's CPU artifact: a pure program of the candidate's."""
+
+    def __init__(self, name: str, workload: dict[str, Any]) -> None:
+        from jax import export
+
+        from judge import jax_shims
+
+        self.name, self.tree = name, workload["tree"]
+        with _blaming_the_program(f"workload {name}"):
+            exported = export.deserialize(bytearray(Path(workload["artifact"]).read_bytes()))
+            self._run = jax_shims.compile_cpu(exported.call, exported.in_avals, tuple(workload["donated"]))
+        self._traced = [(tuple(aval.shape), str(aval.dtype)) for aval in exported.in_avals]
+
+    def check_shapes(self, inputs: list[np.ndarray], label: str) -> None:
+        shapes = [(array.shape, str(array.dtype)) for array in inputs]
+        if shapes != self._traced:
+            told = f"inputs {shapes} are not the timed ones {self._traced}"
+            raise SealError(f"workload {self.name}, check {label!r}: {told}")
+
+    def __call__(self, inputs: list[np.ndarray], where: str) -> list[np.ndarray]:
+        """Outputs for copies of the inputs, so that the program cannot change what the oracle gets."""
+        import jax
+
+        with _blaming_the_program(where):
+            got = self._run(*(jax.numpy.array(array, copy=True) for array in inputs))
+            return [np.asarray(leaf) for leaf in jax.tree.leaves(got)]
+
+
+def _agree(
+    sealed: ModuleType, program: _Program, inputs: list[np.ndarray], where: str
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """(got, expected) for these inputs. Raises Mismatch where they differ."""
+    import jax
+
+    got = program(inputs, where)
+    # What kernel_fn gets on a chip: NumPy's own promotion would make float64 of int32 × float32.
+    want, tree = jax.tree.flatten(sealed.reference_fn(*map(jax.numpy.asarray, inputs)))
+    if str(tree) != program.tree:
+        raise Mismatch(f"{where}: kernel_fn returns {program.tree}, reference_fn {tree}")
+    if len(got) != len(want):
+        raise Mismatch(f"{where}: {len(got)} outputs, reference_fn has {len(want)}")
+    tolerances, lowest = tolerances_of(sealed, len(want)), lowest_precision(inputs)
+    expected = [np.asarray(leaf) for leaf in want]
+    for i, (g, w) in enumerate(zip(got, expected, strict=True)):
+        compare(g, w, tolerances[i], lowest, f"{where}, output {i}")
+    return got, expected
+
+
+def _probe(
+    sealed: ModuleType,
+    program: _Program,
+    inputs: list[np.ndarray],
+    before: tuple[list[np.ndarray], list[np.ndarray]],
+    secret: int,
+    where: str,
+) -> None:
+    """One slice of one input changed: the outputs must follow the oracle's, and stay to the bit where its stay.
+
+    Run twice, so that what depends on anything but the inputs shows. Raises Mismatch.
+    """
+    changed, what = _perturbed(inputs, np.random.default_rng(secret))
+    if changed is None:
+        return
+    where = f"{where}, {what} changed"
+    got, want = _agree(sealed, program, changed, where)
+    again = program(changed, where)
+    tolerances, lowest = tolerances_of(sealed, len(want)), lowest_precision(inputs)
+    for i, (g, g0, g2, w, w0) in enumerate(zip(got, before[0], again, want, before[1], strict=True)):
+        if _differ(g, g2).any():
+            raise Mismatch(f"{where}, output {i}: two runs on the same inputs differ")
+        rtol, atol = limits(tolerances[i], w, lowest)
+        moved = _differ(g, g0) & _rows(~_differ(w, w0))
+        with np.errstate(invalid="ignore"):
+            far = np.abs(np.subtract(g[moved], g0[moved], dtype=np.float64)) > (atol + rtol * np.abs(g0[moved])) / 8
+        moved[moved] = far
+        if moved.any():
+            _report(moved, g, g0, f"{where}, output {i}: changes where the oracle's does not")
+
+
+def _rows(unchanged: np.ndarray) -> np.ndarray:
+    """Where everything along all axes but the first is unchanged: another bit of the same row may round otherwise."""
+    if unchanged.ndim < 2:
+        return unchanged
+    rows = unchanged.reshape(len(unchanged), -1).all(axis=1)
+    return np.broadcast_to(rows.reshape(-1, *[1] * (unchanged.ndim - 1)), unchanged.shape)
+
+
+def _perturbed(inputs: list[np.ndarray], rng: np.random.Generator) -> tuple[list[np.ndarray] | None, str]:
+    """The inputs with one random slice of a random floating-point one negated and moved, and which it is."""
+    floats = [i for i, array in enumerate(inputs) if array.dtype.kind not in "iubc" and array.size]
+    if not floats:
+        return None, ""
+    which = int(rng.choice(floats))
+    changed = list(inputs)
+    array = changed[which] = inputs[which].copy()
+    if not array.ndim:
+        array[...] = -array + 1
+        return changed, f"input {which}"
+    axis = int(rng.integers(array.ndim))
+    index = int(rng.integers(array.shape[axis]))
+    view = np.moveaxis(array, axis, 0)
+    view[index] = (1 - view[index].astype(np.float32)).astype(array.dtype)
+    return changed, f"input {which} at {index} of axis {axis}"
+
+
+def _differ(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Where two arrays of one dtype have other bits, any NaN being like any other."""
+    bits = f"u{a.dtype.itemsize}" if a.dtype.itemsize in (1, 2, 4, 8) else a.dtype
+    differ: np.ndarray = np.ascontiguousarray(a).view(bits) != np.ascontiguousarray(b).view(bits)
+    if a.dtype.kind not in "iub":
+        differ[differ] = ~((a[differ] != a[differ]) & (b[differ] != b[differ]))
+    return differ
 
 
 @contextmanager
@@ -168,7 +273,7 @@ def _blaming_the_program(where: str) -> Iterator[None]:
         raise ProgramError(f"{where}: running the CPU program raised {message}") from error
 
 
-def _tolerances(sealed: ModuleType, count: int) -> list[Any]:
+def tolerances_of(sealed: ModuleType, count: int) -> list[Any]:
     tolerance = getattr(sealed, "TOLERANCE", None)
     if isinstance(tolerance, list | tuple):
         if len(tolerance) != count:
@@ -177,7 +282,7 @@ def _tolerances(sealed: ModuleType, count: int) -> list[Any]:
     return [tolerance] * count
 
 
-def _lowest_precision(inputs: list[np.ndarray]) -> str:
+def lowest_precision(inputs: list[np.ndarray]) -> str:
     names = [str(array.dtype) for array in inputs]
     return next((d for d in ("bfloat16", "float16", "float32") if d in names), "float64")
 
@@ -205,11 +310,9 @@ def compare(got: np.ndarray, want: np.ndarray, tolerance: Any, lowest: str, wher
     if np.array_equal(np.ascontiguousarray(got).view(bits), np.ascontiguousarray(want).view(bits)):
         return
     if got.dtype.kind in "iub" or tolerance == 0:
-        same = got == want
-        if got.dtype.kind not in "iub":
-            same |= (got != got) & (want != want)  # NaN where the oracle has NaN
-        if not same.all():
-            _report(~same, got, want, f"{where}: must equal the oracle to the bit")
+        differ = _differ(got, want)  # -0.0 is not 0.0
+        if differ.any():
+            _report(differ, got, want, f"{where}: must equal the oracle to the bit")
         return
     rtol, atol = limits(tolerance, want, lowest)
     wide = got.dtype if got.dtype in (np.float64, np.complex64, np.complex128) else np.float32
@@ -241,11 +344,12 @@ def _report(bad: np.ndarray, got: np.ndarray, want: np.ndarray, what: str) -> No
 
 def main() -> None:
     sys.path.append(str(Path(__file__).resolve().parent.parent))
-    from judge import jax_shims
+    from judge import containment, jax_shims
     from judge.worker import load_kernel, where, write_result
 
     jax_shims.set_environment()
     request = json.loads(Path(sys.argv[1]).read_text())
+    containment.enter(containment.Need(readable=(str(Path(request["out"]).parent),), writable=(request["out"],)))
     path = Path(request["sealed"])
     jax_shims.check_version()
     blame = "FAIL_CRASH"  # the status where the sealed file is the candidate itself, in a dry run

@@ -8,6 +8,8 @@ process imports none of them.
 
 import hashlib
 import json
+import os
+import secrets
 import shutil
 import signal
 import sys
@@ -21,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from judge import contract, decide, roofline
+from judge import channel, contract, decide, roofline
 from judge.chips import Chip
 from judge.llo.execute import ExecutionError
 from judge.llo.machine import load_machine
@@ -29,6 +31,7 @@ from judge.llo.module import ModuleCost, module_cost
 from judge.llo.parse import ParseError
 from judge.llo.translate import Untranslatable
 from judge.measure import manager
+from judge.policy import NO_PALLAS
 from judge.sandbox import Process
 
 HERE = Path(__file__).resolve().parent
@@ -115,6 +118,7 @@ class Judging:
         self.progress = progress
         self.stage_seconds: dict[str, float] = {}
         self.costs: dict[str, ModuleCost] = {}
+        self._secret = 0
         self.champion_ms: dict[str, float] = {}  # chip mode: the champion's times in this very run
 
     def run(self, is_known: Callable[[str], str | None] = lambda program: None) -> Verdict:
@@ -127,6 +131,7 @@ class Judging:
         verdict = Verdict(status=decide.PASS, mode=task.mode, chip=task.chip.name)
         try:
             contract.check_seal(task.candidate, task.sealed)
+            contract.check_policy(task.candidate, task.sealed)
             described = self._describe()
             traced = self._trace(described)
             self._compile_and_check(traced, verdict, is_known)
@@ -168,15 +173,58 @@ class Judging:
         kernel = folder / "kernel.py"
         kernel.write_text(source.text)
         inputs = {name: workload["inputs"] for name, workload in described.items()}
-        request = {"kernel": str(kernel), "topology": self.task.chip.topology, "workloads": inputs}
-        result = self._finish(self._start("worker.py", folder, request), self.task.limits.trace_seconds)
-        return {name: _traced(result, name, folder) for name in described}
+        request: dict[str, Any] = {"kernel": str(kernel), "topology": self.task.chip.topology, "workloads": inputs}
+        message = self._handed_over(folder, request, list(described))
+        lowered = self._subfolder(f"{label}-lowered")  # no kernel file runs with a way to write here
+        programs = {}
+        for number, (name, data) in enumerate(message.programs.items()):
+            path = lowered / f"{number}.jaxpr"
+            path.write_bytes(data)
+            flops, shapes = described[name]["flops"], described[name]["inputs"]
+            programs[name] = {"program": str(path), "inputs": shapes, "flops": flops}
+        request = {
+            "topology": request["topology"],
+            "workloads": programs,
+            "needs_pallas": NO_PALLAS not in self.task.sealed.needs,
+        }
+        result = self._finish(self._start("lower.py", lowered, request), self.task.limits.trace_seconds)
+        artifacts = {name: {p: str(lowered / f"{name}.{p}") for p in ("tpu", "cpu")} for name in described}
+        return {
+            name: {"donated": result["workloads"][name]["donated"], "tree": message.trees[name]}
+            | {"program": programs[name]["program"]}
+            | artifacts[name]
+            for name in described
+        }
+
+    def _handed_over(self, folder: Path, request: dict[str, Any], names: list[str]) -> channel.Message:
+        """What the worker reports. Raises Failed where there is nothing, or it is not what worker.py sends."""
+        pipe = os.pipe()
+        process, _ = self._start("worker.py", folder, {**request, "channel": pipe[1]}, pipe)
+        finished = process.wait(self.task.limits.trace_seconds)
+        stage = _STAGE_OF["worker.py"]
+        if finished.timed_out:
+            limit = self.task.limits.trace_seconds
+            raise Failed("FAIL_TIMEOUT", f"worker.py took more than {limit:g} s: {stage}")
+        try:
+            message = channel.parse(finished.handed_over, names)
+        except channel.ChannelError as error:
+            tail = finished.log_tail.strip().splitlines()[-1:] or ["it printed nothing"]
+            told = f"{stage}: worker.py ended with code {finished.returncode} and no result ({error}): {tail[0][:500]}"
+            raise Failed("FAIL_CRASH", told) from None
+        if message.status != decide.PASS:
+            known = message.status in ("FAIL_CRASH", "FAIL_CONTRACT")
+            reason = message.reason if known else "worker.py reports no verdict"
+            raise Failed(message.status if known else "FAIL_CRASH", reason)
+        return message
 
     def _compile_and_check(
         self, traced: dict[str, Any], verdict: Verdict, is_known: Callable[[str], str | None]
     ) -> None:
         """Both at once, on two cores: the compiler's verdict comes first, and a known program is not checked again."""
-        checking = self._start_oracle("check", {"do": "check", "workloads": self._artifacts(traced, "cpu")})
+        # Drawn now that the artifacts exist, so that nothing in them can depend on it.
+        self._secret = secrets.randbits(31)
+        request = {"do": "check", "workloads": self._artifacts(traced, "cpu"), "secret": self._secret}
+        checking = self._start_oracle("check", request)
         try:
             if self.task.mode == "model" or self.task.device == "tpu":
                 with self._stage("compile", f"compile: the TPU compiler for {self.task.chip.name}"):
@@ -185,10 +233,27 @@ class Judging:
                 if known is not None:
                     verdict.status, verdict.reason = decide.DUPLICATE, known
                     return
-            with self._stage("correctness", "correctness: the CPU program against the oracle"):
-                self._finish(checking, self.task.limits.check_seconds)
+            # The strict run is on the other core, and says more exactly what is wrong: but a wrong result comes first.
+            racing = self._start_strict(traced)
+            try:
+                with self._stage("correctness", "correctness: the CPU program against the oracle"):
+                    self._finish(checking, self.task.limits.check_seconds)
+                with self._stage("races", "races: the strict interpreter on one small check set a workload"):
+                    self._finish(racing, self.task.limits.check_seconds)
+            finally:
+                racing[0].kill()
         finally:
             checking[0].kill()
+
+    def _start_strict(self, traced: dict[str, Any]) -> tuple[Process, Path]:
+        programs = {name: {"program": workload["program"]} for name, workload in traced.items()}
+        request: dict[str, Any] = {
+            "topology": self.task.chip.topology,
+            "workloads": programs,
+            "sealed": str(self._sealed_file()),
+        }
+        request["secret"] = self._secret
+        return self._start("strict.py", self._subfolder("strict"), request)
 
     def _compile(self, traced: dict[str, Any], verdict: Verdict) -> None:
         folder = self._subfolder("compile")
@@ -284,11 +349,18 @@ class Judging:
                 f"workload {name} takes {seconds * 1e3:.6g} ms, faster than physics allows: {flops:.6g} FLOPs and "
                 f"{compulsory:.6g} bytes take at least {bound * 1e3:.6g} ms on {chip.name}",
             )
+        moved = verdict.facts.get(name, {}).get("hbm_bytes")
+        if moved is not None and workload["declares_bytes"] and moved < compulsory:
+            raise Failed(
+                "FAIL_ROOFLINE",
+                f"workload {name} moves {moved:.6g} bytes to and from HBM, but its inputs and outputs need at least "
+                f"{compulsory:.6g}",
+            )
         verdict.workloads[name] = roofline.figures(
             seconds=seconds,
             flops=flops,
             compulsory_bytes=compulsory,
-            moved_bytes=verdict.facts.get(name, {}).get("hbm_bytes"),
+            moved_bytes=moved,
             peak_flops=peak,
             chip=chip,
         )
@@ -314,10 +386,13 @@ class Judging:
     def _start_oracle(self, label: str, request: Mapping[str, Any]) -> tuple[Process, Path]:
         return self._start("oracle.py", self._subfolder(label), {**request, "sealed": str(self._sealed_file())})
 
-    def _start(self, script: str, folder: Path, request: Mapping[str, Any]) -> tuple[Process, Path]:
+    def _start(
+        self, script: str, folder: Path, request: Mapping[str, Any], pipe: tuple[int, int] | None = None
+    ) -> tuple[Process, Path]:
         path = folder / "request.json"
         path.write_text(json.dumps({**request, "out": str(folder)}))
-        process = Process(HERE / script, [str(path)], folder=folder, environment={"TMPDIR": str(folder)})
+        environment = {"TMPDIR": str(folder)}
+        process = Process(HERE / script, [str(path)], folder=folder, environment=environment, pipe=pipe)
         return process, folder
 
     def _finish(self, started: tuple[Process, Path], limit_seconds: float) -> dict[str, Any]:
@@ -352,7 +427,7 @@ class Judging:
 
 
 def _read_result(path: Path) -> dict[str, Any] | None:
-    """What a stage reports; None where it is missing or no JSON object. The worker's may be the candidate's own."""
+    """What a stage reports; None where it is missing or no JSON object."""
     try:
         result = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -360,21 +435,10 @@ def _read_result(path: Path) -> dict[str, Any] | None:
     return result if isinstance(result, dict) else None
 
 
-def _traced(result: Mapping[str, Any], name: str, folder: Path) -> dict[str, Any]:
-    """One workload of the worker's report. Raises Failed where it is not what worker.py writes."""
-    try:
-        workload = result["workloads"][name]
-        donated, tree = [int(i) for i in workload["donated"]], str(workload["tree"])
-    except (KeyError, TypeError, ValueError, OverflowError):
-        raise Failed("FAIL_CRASH", f"workload {name}: the worker reports no program") from None
-    artifacts = {platform: folder / f"{name}.{platform}" for platform in ("tpu", "cpu")}
-    if not all(path.is_file() for path in artifacts.values()):
-        raise Failed("FAIL_CRASH", f"workload {name}: the worker reports no program")
-    return {"donated": donated, "tree": tree} | {platform: str(path) for platform, path in artifacts.items()}
-
-
 _STAGE_OF = {
     "worker.py": "importing and tracing the kernel file",
+    "lower.py": "lowering the traced programs",
+    "strict.py": "looking for races in the strict interpreter",
     "compile.py": "compiling for the chip",
     "oracle.py": "importing the problem's file, its inputs, its reference or the check of the CPU program",
 }

@@ -2,8 +2,8 @@
 
 Covered: a fresh isolated interpreter (`-I`), an environment with nothing of the user's, a private temporary folder, a
 process group that is killed whole, an end with the judge however that ends, a wall-clock limit, a limit on written
-files and on core dumps.
-Not covered: network, the file system outside the folder, memory.
+files and on core dumps, a pipe of its own for what it hands over. What a process that runs a kernel file gives up
+besides (files, network, other processes, memory) is containment.py.
 """
 
 import contextlib
@@ -13,8 +13,11 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
+
+from judge import channel
 
 MAX_FILE_BYTES = 8 << 30
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -30,13 +33,25 @@ class Finished:
     returncode: int
     timed_out: bool
     log_tail: str
+    handed_over: bytes = b""  # what came through the channel, where it has one
 
 
 class Process:
     """A stage running in the background; `wait` it, or `kill` it."""
 
-    def __init__(self, script: Path, arguments: list[str], *, folder: Path, environment: dict[str, str]) -> None:
+    def __init__(
+        self,
+        script: Path,
+        arguments: list[str],
+        *,
+        folder: Path,
+        environment: dict[str, str],
+        pipe: tuple[int, int] | None = None,
+    ) -> None:
+        """Starts `script`; of `pipe`, it inherits the writing end, and the reading end is read from now on."""
         self.name = script.name
+        self._received: list[bytes] = []
+        self._reader = threading.Thread(target=self._receive, args=pipe[:1], daemon=True) if pipe else None
         self._log = folder / f"{script.stem}.log"
         clean = {name: os.environ[name] for name in _KEPT if name in os.environ}
         with self._log.open("wb") as log:
@@ -44,7 +59,7 @@ class Process:
             before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
             try:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-I", str(script), *arguments],
+                    [sys.executable, "-I", "-B", str(script), *arguments],
                     cwd=folder,
                     env=clean | environment,
                     stdin=subprocess.DEVNULL,
@@ -52,9 +67,16 @@ class Process:
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
                     preexec_fn=_limit,
+                    pass_fds=pipe[1:] if pipe else (),
                 )
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if pipe and self._reader:
+            os.close(pipe[1])
+            self._reader.start()
+
+    def _receive(self, descriptor: int) -> None:
+        self._received.append(channel.receive(descriptor))
 
     def wait(self, limit_seconds: float) -> Finished:
         """Waits for the end, at most `limit_seconds`; then kills the whole group."""
@@ -65,8 +87,17 @@ class Process:
             timed_out = True
         finally:
             self.kill()
-        tail = self._log.read_bytes()[-4000:].decode(errors="replace")
-        return Finished(returncode=self._process.returncode, timed_out=timed_out, log_tail=tail)
+        with self._log.open("rb") as log:
+            log.seek(max(0, self._log.stat().st_size - 4000))
+            tail = log.read(4000).decode(errors="replace")
+        if self._reader:
+            self._reader.join(10)
+        return Finished(
+            returncode=self._process.returncode,
+            timed_out=timed_out,
+            log_tail=tail,
+            handed_over=b"".join(self._received),
+        )
 
     @property
     def running(self) -> bool:

@@ -1,10 +1,10 @@
-"""The only code that runs a kernel file: an isolated process that hands over artifacts and nothing else.
+"""The only code that runs a candidate's kernel file: an isolated, contained process that traces and does nothing else.
 
     python -I worker.py REQUEST.json
 
-It traces kernel_fn once a workload on abstract shapes, so it sees no data, and exports two programs from that one
-jaxpr: the TPU lowering, and the same with every pallas_call interpreted, for the CPU. Both are written to the private
-folder that the request names, with a result.json that says what happened. Nothing that it prints is read.
+It traces kernel_fn once a workload on abstract shapes, so it sees no data, and hands the jaxprs over as data
+(wire.py, channel.py). It lowers nothing: what jax does in a process that has run the kernel file is not relied on.
+Nothing that it prints is read.
 """
 
 import importlib.util
@@ -14,9 +14,6 @@ import traceback
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-
-# What would make the checked program another than the timed one, or take work out of both.
-FORBIDDEN_PRIMITIVES = ("platform_index", "pure_callback", "io_callback", "debug_callback", "python_callback")
 
 
 class WorkerFailure(Exception):
@@ -52,25 +49,19 @@ def write_result(request: dict[str, Any], result: dict[str, Any]) -> None:
     partial.rename(partial.with_suffix(""))
 
 
-def trace(request: dict[str, Any]) -> dict[str, Any]:
-    """Artifacts of every workload. Raises WorkerFailure."""
+def trace(request: dict[str, Any]) -> tuple[dict[str, str], dict[str, bytes]]:
+    """Output tree and traced program of every workload. Raises WorkerFailure."""
     import jax
-    from jax import export
-    from jax.extend import core as jex_core
 
-    from judge import jax_shims
+    from judge import jax_shims, wire
 
-    jax_shims.check_version()
-    jax_shims.patch_interpreter()
     path = Path(request["kernel"])
-    out = Path(request["out"])
+    device = jax_shims.topology_device(request["topology"])
     try:
-        kernel = load_kernel(path)
-        kernel_fn = kernel.kernel_fn
+        kernel_fn = load_kernel(path).kernel_fn
     except (Exception, SystemExit) as error:
         raise WorkerFailure("FAIL_CRASH", f"importing the kernel file raised {where(error, path)}") from error
-    device = jax_shims.topology_device(request["topology"])
-    results = {}
+    trees, programs = {}, {}
     for name, inputs in request["workloads"].items():
         shapes = [jax.ShapeDtypeStruct(tuple(array["shape"]), array["dtype"]) for array in inputs]
         with jax_shims.on_chip(device):
@@ -78,49 +69,29 @@ def trace(request: dict[str, Any]) -> dict[str, Any]:
                 jaxpr, outputs = jax.make_jaxpr(kernel_fn, return_shape=True)(*shapes)
             except (Exception, SystemExit) as error:
                 raise WorkerFailure("FAIL_CRASH", f"workload {name}: kernel_fn raised {where(error, path)}") from error
-            forbidden = jax_shims.find_primitives(jaxpr, FORBIDDEN_PRIMITIVES)
-            if forbidden:
-                raise WorkerFailure(
-                    "FAIL_CONTRACT",
-                    f"workload {name}: kernel_fn uses {', '.join(forbidden)}: the program that is checked on the CPU "
-                    "must be the one that runs on the chip, with no callbacks",
-                )
-            leaves, tree = jax.tree.flatten(outputs)
-            donated = jax_shims.donated_arguments(jaxpr, len(shapes))
-
-            def lower(closed: Any, platform: str, donated: tuple[int, ...] = donated, shapes: Any = shapes) -> bytes:
-                function = jax.jit(jex_core.jaxpr_as_fun(closed), donate_argnums=donated)
-                return bytes(export.export(function, platforms=[platform])(*shapes).serialize())
-
-            try:
-                (out / f"{name}.tpu").write_bytes(lower(jaxpr, "tpu"))
-            except Exception as error:
-                raise WorkerFailure("FAIL_COMPILE", f"workload {name}: TPU lowering: {where(error, path)}") from error
-            try:
-                (out / f"{name}.cpu").write_bytes(lower(jax_shims.interpreted(jaxpr), "cpu"))
-            except Exception as error:
-                raise WorkerFailure(
-                    "FAIL_COMPILE", f"workload {name}: lowering for the CPU, to be checked: {where(error, path)}"
-                ) from error
-        results[name] = {
-            "donated": list(donated),
-            "outputs": [{"shape": list(leaf.shape), "dtype": str(leaf.dtype)} for leaf in leaves],
-            "tree": str(tree),
-        }
-    return {"status": "PASS", "workloads": results}
+        trees[name] = str(jax.tree.structure(outputs))
+        try:
+            programs[name] = wire.dumps(jaxpr, (str(path), path.name))
+        except wire.WireError as error:
+            raise WorkerFailure("FAIL_CONTRACT", f"workload {name}: {error}") from error
+    return trees, programs
 
 
 def main() -> None:
     sys.path.append(str(Path(__file__).resolve().parent.parent))
-    from judge import jax_shims
+    from judge import channel, containment, jax_shims
 
     jax_shims.set_environment()
     request = json.loads(Path(sys.argv[1]).read_text())
+    containment.enter(containment.Need(readable=(request["out"],)), max_file_bytes=containment.MAX_LOG_BYTES)
+    jax_shims.check_version()
+    jax_shims.patch_interpreter()
     try:
-        result = trace(request)
+        trees, programs = trace(request)
+        message = channel.Message(status="PASS", trees=trees, programs=programs)
     except WorkerFailure as failure:
-        result = {"status": failure.status, "reason": str(failure)}
-    write_result(request, result)
+        message = channel.Message(status=failure.status, reason=str(failure), trees={}, programs={})
+    channel.send(request["channel"], message)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import pytest
 from judge import contract, ledger
 
 ROOT = Path(__file__).resolve().parent.parent
+NEEDS_OS = 'NEEDS = ("os", "pathlib", "os._exit")\n'
 BODY = "    out_ref[...] = a.astype(jnp.float32) * x_ref[...] + y_ref[...]\n"
 CALL = "    )(a, x, y)\n"
 TRACED = "    rows = pl.BlockSpec"
@@ -131,7 +132,7 @@ def test_exception_names_type_message_and_line(judge_file, variant):
     ("expression", "told"),
     [
         ("jax.lax.platform_dependent(x, tpu=lambda x: x, default=lambda x: x + 0)", "kernel_fn uses platform_index"),
-        ("jax.pure_callback(lambda x: x, jax.ShapeDtypeStruct(x.shape, x.dtype), x)", "kernel_fn uses pure_callback"),
+        ("jax.pure_callback(lambda x: x, jax.ShapeDtypeStruct(x.shape, x.dtype), x)", "jax.pure_callback"),
     ],
 )
 def test_two_faced_programs_and_callbacks_are_refused(judge_file, variant, expression, told):
@@ -157,33 +158,18 @@ def test_endless_loop_is_ended(project, variant, where, told):
 
 @pytest.mark.parametrize(
     ("statement", "told"),
-    [("raise SystemExit(0)", "SystemExit"), ("__import__('os')._exit(0)", "ended with code 0 and no result")],
+    [("raise SystemExit(0)", "SystemExit"), ("stop(0)", "ended with code 0 and no result")],
 )
 @pytest.mark.parametrize(("where", "indent"), [("KERNEL_NAME =", ""), (TRACED, "    ")], ids=["import", "trace"])
 def test_exit_is_no_pass(judge_file, variant, statement, told, where, indent):
-    failed(judge_file(variant((where, f"{indent}{statement}\n{where}"))), "FAIL_CRASH", told)
+    needs = "import os\nfrom os import _exit as stop\n" if "stop" in statement else ""
+    text = variant((where, f"{indent}{statement}\n{where}"), ("import jax\n", f"{needs}import jax\n"))
+    failed(judge_file(NEEDS_OS + text), "FAIL_CRASH", told)
 
 
 def test_problem_that_raises(judge_file, variant):
     text = variant(("    return 2 * ROWS * COLUMNS", "    return 2 * ROWS * COLUMN"))
     failed(judge_file(text), "FAIL_CONTRACT", "the problem's definition raised NameError", "(kernel.py:")
-
-
-@pytest.mark.parametrize(
-    ("report", "told"),
-    [
-        ('{"status": "BEST"}', "worker.py reports no verdict"),
-        ('["PASS"]', "no result"),
-        ('{"status": "PASS", "workloads": {"default": {"donated": [], "tree": "*"}}}', "reports no program"),
-    ],
-)
-def test_report_that_the_kernel_file_writes_itself(judge_file, variant, report, told):
-    forge = (
-        "import os\nfrom pathlib import Path\n\n"
-        "if (here := Path(__file__).parent).name == 'trace':\n"
-        f"    (here / 'result.json').write_text({report!r})\n    os._exit(0)\n"
-    )
-    failed(judge_file(variant(("KERNEL_NAME =", f"{forge}KERNEL_NAME ="))), "FAIL_CRASH", told)
 
 
 # --- what the compiler refuses ---

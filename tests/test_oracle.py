@@ -8,6 +8,7 @@ import pytest
 
 from judge.oracle import (
     DEFAULT_TOLERANCE,
+    SECRET,
     TIMED_SEED,
     Mismatch,
     SealError,
@@ -15,6 +16,7 @@ from judge.oracle import (
     compare,
     inputs_of,
     limits,
+    strict_set,
     workloads_of,
 )
 
@@ -74,8 +76,9 @@ def test_tolerance_zero_lets_nan_stand_where_the_oracle_has_nan(dtype):
     assert "worst at [2]: got nan" in differs(np.array([1, np.nan, np.nan], dtype), want, 0)
 
 
-def test_the_sign_of_zero_is_no_error():
-    agrees(np.float32([-0.0]), np.float32([0.0]), 0)
+def test_the_sign_of_zero_counts_to_the_bit_and_nowhere_else():
+    assert "must equal the oracle to the bit" in differs(np.float32([-0.0]), np.float32([0.0]), 0)
+    agrees(np.float32([-0.0]), np.float32([0.0]), 1e-6)
 
 
 # --- values that are not finite ---
@@ -202,15 +205,29 @@ def test_workloads_that_are_none(workloads):
 
 
 def test_check_sets_change_the_workload_and_have_seeds_of_their_own():
-    sets = check_sets(sealed(CHECKS={"edges": {"batch": "edges"}, "long": {}}), {"batch": "decode", "n": 4})
+    sets = check_sets(sealed(CHECKS={"edges": {"batch": "edges"}, "long": {}}), {"batch": "decode", "n": 4}, 77)
     assert sets["edges"][1] == {"batch": "edges", "n": 4} and sets["long"][1] == {"batch": "decode", "n": 4}
-    assert sets["edges"][0] != sets["long"][0]
-    assert check_sets(sealed(), {"n": 4}) == {"seed 1": (1, {"n": 4}), "timed inputs": (TIMED_SEED, {"n": 4})}
+    assert len({sets[name][0] for name in sets}) == len(sets)
+    assert sets[SECRET] == (77, {"batch": "edges", "n": 4})
+    assert check_sets(sealed(), {"n": 4}, 77) == {SECRET: (77, {"n": 4}), "timed inputs": (TIMED_SEED, {"n": 4})}
+
+
+def test_what_is_none_in_a_check_is_drawn_anew():
+    file = sealed(CHECKS={"edges": {}, "holdout": {"draw": None, "short": True}})
+    one, other = (check_sets(file, {"n": 4}, secret) for secret in (1, 2))
+    assert one["holdout"] == (1, {"n": 4, "draw": 1, "short": True}) and other["holdout"][1]["draw"] == 2
+    assert one["edges"] == other["edges"]
 
 
 def test_the_inputs_whose_time_counts_are_checked_last():
-    sets = check_sets(sealed(CHECKS={"edges": {"batch": "edges"}}), {"batch": "decode"})
+    sets = check_sets(sealed(CHECKS={"edges": {"batch": "edges"}}), {"batch": "decode"}, 1)
     assert list(sets.items())[-1] == ("timed inputs", (TIMED_SEED, {"batch": "decode"}))
+
+
+def test_races_are_looked_for_on_the_set_of_that_name():
+    assert strict_set(sealed(CHECKS={"edges": {}, "races": {"n": 1}}), {}, 1)[0] == "races"
+    assert strict_set(sealed(CHECKS={"edges": {}, "long": {"n": 1}}), {}, 1)[0] == "edges"
+    assert strict_set(sealed(), {}, 1) == (SECRET, (1, {}))
 
 
 @pytest.mark.parametrize("made", [None, np.zeros(3), [], (), ([np.zeros(1), np.zeros(2)],), ({"a": 1},)])

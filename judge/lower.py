@@ -1,0 +1,131 @@
+"""Traced programs → the two that are judged: one for the chip, and the same for the CPU. Runs no kernel file.
+
+    python -I lower.py REQUEST.json
+
+From the one jaxpr of a workload that the worker handed over come the TPU lowering, which is compiled and timed, and
+the same jaxpr with every pallas_call interpreted, lowered for the CPU, which is checked. What would make one differ
+from the other, or hide work from both, is FAIL_CONTRACT here.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+# What would make the checked program another than the timed one, or take work out of both.
+FORBIDDEN_PRIMITIVES = (
+    *("platform_index", "pure_callback", "io_callback", "debug_callback", "debug_print", "python_callback"),
+    *("ffi_call", "infeed", "outfeed", "semaphore_read", "device_put", "custom_partitioning"),
+)
+MAX_CONSTANT_BYTES = 1 << 20
+
+
+class Refusal(Exception):
+    """A failed candidate: status and reason go to the verdict."""
+
+    def __init__(self, status: str, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+def check_program(program: Any, inputs: list[dict[str, Any]], *, flops: float, needs_pallas: bool) -> None:
+    """Raises Refusal where a traced program is not one that can be judged."""
+    from judge import jax_shims
+
+    shapes = [(tuple(array["shape"]), array["dtype"]) for array in inputs]
+    traced = [(tuple(aval.shape), str(aval.dtype)) for aval in program.in_avals]
+    if shapes != traced:
+        raise Refusal("FAIL_CONTRACT", f"the traced program takes {traced}, the workload's inputs are {shapes}")
+    forbidden = jax_shims.find_primitives(program, FORBIDDEN_PRIMITIVES)
+    if forbidden:
+        raise Refusal(
+            "FAIL_CONTRACT",
+            f"kernel_fn uses {', '.join(forbidden)}: the program that is checked on the CPU must be the one that runs "
+            "on the chip, with no callbacks",
+        )
+    constants = jax_shims.constant_bytes(program)
+    if constants > MAX_CONSTANT_BYTES:
+        raise Refusal(
+            "FAIL_CONTRACT", f"{constants} bytes of constants are baked in, at most {MAX_CONSTANT_BYTES} may be"
+        )
+    if jax_shims.interpreted_calls(program):
+        raise Refusal("FAIL_CONTRACT", "a pallas_call with interpret set: no kernel would be compiled for the chip")
+    if not needs_pallas:
+        return
+    if not jax_shims.find_primitives(program, jax_shims.PALLAS_CALLS):
+        raise Refusal(
+            "FAIL_CONTRACT",
+            'kernel_fn has no Pallas kernel; a baseline that is meant to be plain XLA declares NEEDS = ("no pallas",)',
+        )
+    beside = jax_shims.matmul_flops_beside_kernels(program)
+    if 2 * beside > flops:
+        raise Refusal(
+            "FAIL_CONTRACT",
+            f"matrix products beside the Pallas kernel do {beside:.6g} of the workload's {flops:.6g} FLOPs: the kernel "
+            "itself has to do the work",
+        )
+
+
+def lower(request: dict[str, Any]) -> dict[str, Any]:
+    """Artifacts of every workload. Raises Refusal."""
+    import jax
+    from jax import export
+    from jax.extend import core
+
+    from judge import jax_shims, wire
+    from judge.worker import where
+
+    out, kernel = Path(request["out"]), Path("kernel.py")
+    device = jax_shims.topology_device(request["topology"])
+    results = {}
+    for name, workload in request["workloads"].items():
+        try:
+            with jax_shims.on_chip(device):
+                program = wire.loads(Path(workload["program"]).read_bytes())
+        except wire.WireError as error:
+            raise Refusal("FAIL_CRASH", f"workload {name}: {error}") from error
+        shapes = [jax.ShapeDtypeStruct(tuple(array["shape"]), array["dtype"]) for array in workload["inputs"]]
+        try:
+            check_program(program, workload["inputs"], flops=workload["flops"], needs_pallas=request["needs_pallas"])
+        except Refusal as refusal:
+            raise Refusal(refusal.status, f"workload {name}: {refusal}") from None
+        donated = jax_shims.donated_arguments(program, len(shapes))
+
+        def write(closed: Any, platform: str, donated: Any = donated, shapes: Any = shapes, name: str = name) -> None:
+            function = jax.jit(core.jaxpr_as_fun(closed), donate_argnums=donated)
+            data = export.export(function, platforms=[platform])(*shapes).serialize()
+            (out / f"{name}.{platform}").write_bytes(bytes(data))
+
+        with jax_shims.on_chip(device):
+            try:
+                write(program, "tpu")
+            except Exception as error:
+                raise Refusal("FAIL_COMPILE", f"workload {name}: TPU lowering: {where(error, kernel)}") from error
+            try:
+                write(jax_shims.interpreted(program), "cpu")
+            except Exception as error:
+                raise Refusal(
+                    "FAIL_COMPILE", f"workload {name}: lowering for the CPU, to be checked: {where(error, kernel)}"
+                ) from error
+        results[name] = {"donated": list(donated)}
+    return {"status": "PASS", "workloads": results}
+
+
+def main() -> None:
+    sys.path.append(str(Path(__file__).resolve().parent.parent))
+    from judge import jax_shims
+    from judge.worker import write_result
+
+    jax_shims.set_environment()
+    request = json.loads(Path(sys.argv[1]).read_text())
+    jax_shims.check_version()
+    jax_shims.patch_interpreter()
+    try:
+        result = lower(request)
+    except Refusal as refusal:
+        result = {"status": refusal.status, "reason": str(refusal)}
+    write_result(request, result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Races between copies and computation, found by running the traced program in the strict interpreter.
+
+    python -I strict.py REQUEST.json
+
+The same jaxpr that is timed runs once more with every DMA held back until it is waited for, every memory filled with
+NaN, reads out of bounds an error, and each access checked against the others with vector clocks. What is read before
+its copy is waited for is then wrong as well as a race. Covered: DMAs, semaphores, VMEM, SMEM and HBM accesses of every
+Pallas kernel in the program, on one small check set of each workload in the timed shapes. Not covered: orders that
+other values of the scalars would take.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+# What a kernel does that the compiler does not order by itself.
+MANUAL = ("dma_start", "dma_wait", "semaphore_signal", "semaphore_wait")
+
+
+class Race(Exception):
+    """FAIL_RACE, with what was seen."""
+
+
+def strictly(program: Any, inputs: list[Any], where: str) -> list[Any] | None:
+    """Outputs of the program in the strict interpreter; None where it knows the program not, which copies nothing by
+    hand either, so has no wait to forget. Raises Race."""
+    import jax
+    from jax.extend import core
+
+    from judge import jax_shims
+
+    try:
+        run = jax.jit(core.jaxpr_as_fun(jax_shims.strict(program))).lower(*inputs).compile()
+    except Exception as error:
+        if not jax_shims.find_primitives(program, MANUAL):
+            return None
+        told = _last_line(error)
+        raise Race(
+            f"{where}: the strict interpreter, which looks for races, does not know this program: {told}"
+        ) from error
+    try:
+        outputs = run(*inputs)
+        jax.block_until_ready(outputs)
+    except Exception as error:
+        raise Race(f"{where}: the strict interpreter stops: {_last_line(error)}") from error
+    finally:
+        races = jax_shims.races_found()
+        jax_shims.reset_strict()
+    if races:
+        raise Race(f"{where}: a copy and another access touch the same memory with no wait between them")
+    return list(outputs)
+
+
+def _last_line(error: Exception) -> str:
+    """The line of a long message that names the error."""
+    told = str(error).strip().splitlines() or [type(error).__name__]
+    return next((text for text in reversed(told) if "Error" in text or "ut-of-bounds" in text), told[0]).strip()[:400]
+
+
+def check(request: dict[str, Any]) -> dict[str, Any]:
+    """One check set a workload. Raises Race."""
+    import jax
+    import numpy as np
+
+    from judge import jax_shims, oracle, wire
+    from judge.worker import load_kernel
+
+    sealed = load_kernel(Path(request["sealed"]))
+    device = jax_shims.topology_device(request["topology"])
+    count = 0
+    for name, arguments in oracle.workloads_of(sealed).items():
+        if name not in request["workloads"]:
+            continue
+        with jax_shims.on_chip(device):
+            program = wire.loads(Path(request["workloads"][name]["program"]).read_bytes())
+        if not jax_shims.find_primitives(program, jax_shims.PALLAS_CALLS):
+            continue
+        label, (seed, changed) = oracle.strict_set(sealed, arguments, request["secret"])
+        where = f"workload {name}, check {label!r}"
+        inputs = oracle.inputs_of(sealed, seed, changed)
+        with jax_shims.on_chip(device):
+            got = strictly(program, [jax.numpy.array(array, copy=True) for array in inputs], where)
+        if got is None:
+            continue
+        want = jax.tree.leaves(sealed.reference_fn(*map(jax.numpy.asarray, inputs)))
+        tolerances = oracle.tolerances_of(sealed, len(want))
+        lowest = oracle.lowest_precision(inputs)
+        for i, (g, w) in enumerate(zip(got, want, strict=True)):
+            try:
+                oracle.compare(np.asarray(g), np.asarray(w), tolerances[i], lowest, f"{where}, output {i}")
+            except oracle.Mismatch as mismatch:
+                raise Race(
+                    f"{mismatch}; right when copies are instant, wrong when each ends as late as it may"
+                ) from None
+        count += 1
+    return {"status": "PASS", "checks": count}
+
+
+def main() -> None:
+    sys.path.append(str(Path(__file__).resolve().parent.parent))
+    from judge import containment, jax_shims
+    from judge.worker import write_result
+
+    jax_shims.set_environment()
+    request = json.loads(Path(sys.argv[1]).read_text())
+    containment.enter(containment.Need(readable=(str(Path(request["out"]).parent),), writable=(request["out"],)))
+    jax_shims.check_version()
+    jax_shims.patch_interpreter()
+    try:
+        result = check(request)
+    except Race as race:
+        result = {"status": "FAIL_RACE", "reason": str(race)}
+    write_result(request, result)
+
+
+if __name__ == "__main__":
+    main()

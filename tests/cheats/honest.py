@@ -1,0 +1,245 @@
+"""Honest but unusual kernels, which must pass."""
+
+from tests.cheats import Case
+
+CASES = [
+    Case(name="8 queries a block", sweeps=(("Q_BLOCK_TOKENS = 16", "Q_BLOCK_TOKENS = 8"),)),
+    Case(name="32 queries a block", sweeps=(("Q_BLOCK_TOKENS = 16", "Q_BLOCK_TOKENS = 32"),)),
+    Case(name="64 queries a block", sweeps=(("Q_BLOCK_TOKENS = 16", "Q_BLOCK_TOKENS = 64"),)),
+    Case(name="1 pages a block", sweeps=(("KV_BLOCK_PAGES = 2", "KV_BLOCK_PAGES = 1"),)),
+    Case(name="4 pages a block", sweeps=(("KV_BLOCK_PAGES = 2", "KV_BLOCK_PAGES = 4"),)),
+    Case(name="8 pages a block", sweeps=(("KV_BLOCK_PAGES = 2", "KV_BLOCK_PAGES = 8"),)),
+    Case(
+        name="transposed scores",
+        edits=(
+            (
+                "scores = jax.lax.dot_general(q, k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)",
+                "scores = jax.lax.dot_general(k, q, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32).T",
+            ),
+        ),
+    ),
+    Case(
+        name="powers of two",
+        edits=(("p = jnp.exp(scores - m_new)", "p = jnp.exp2((scores - m_new) * math.log2(math.e))"),),
+    ),
+    Case(
+        name="fused scale",
+        edits=(
+            (
+                "scores = jnp.where(visible, scores * sm_scale, mask_value)",
+                "scores = jnp.where(visible, scores, mask_value)",
+            ),
+            ("p = jnp.exp(scores - m_new)", "p = jnp.exp((scores - m_new) * sm_scale)"),
+            ("alpha = jnp.exp(m_old - m_new)", "alpha = jnp.exp((m_old - m_new) * sm_scale)"),
+        ),
+    ),
+    Case(
+        name="outputs in the queries' buffer",
+        sweeps=(
+            ("o_vmem[:, head * group", "q_vmem[:, head * group"),
+            ("copy(o_vmem, o_hbm", "copy(q_vmem, o_hbm"),
+            ("copy(o_vmem.at[row - window]", "copy(q_vmem.at[row - window]"),
+        ),
+    ),
+    Case(
+        name="another mask value",
+        edits=(("DEFAULT_MASK_VALUE = -0.7 * float(np.finfo(np.float32).max)", "DEFAULT_MASK_VALUE = -1e30"),),
+    ),
+    Case(
+        name="heads unrolled",
+        edits=(
+            (
+                "                @pl.loop(0, num_kv_heads)\n                def _(head):\n",
+                "                for head in range(num_kv_heads):\n",
+            ),
+        ),
+    ),
+    Case(
+        name="no blocks past the diagonal",
+        edits=(
+            (
+                "            @pl.loop(0, num_kv_blocks)\n            def _(block):\n",
+                "            visible_end = jnp.minimum(kv_len, kv_len - q_len + row_end - q_start)\n            visible_blocks = pl.cdiv(visible_end, bkv)\n\n            @pl.loop(0, visible_blocks)\n            def _(block):\n",
+            ),
+            ("@pl.when(block + 1 < num_kv_blocks)", "@pl.when(block + 1 < visible_blocks)"),
+        ),
+    ),
+    Case(
+        name="no tunables",
+        sweeps=(
+            (
+                'TUNABLES = {\n    "Q_BLOCK_TOKENS": (1, 2, 4, 8, 16, 32, 64, 128, 256),\n    "KV_BLOCK_PAGES": (1, 2, 4, 8, 16, 32),\n}\n',
+                "",
+            ),
+        ),
+    ),
+    Case(
+        name="a reciprocal",
+        edits=(("out = acc_vmem[head] / l_vmem[head][:, :1]", "out = acc_vmem[head] * (1.0 / l_vmem[head][:, :1])"),),
+    ),
+    Case(
+        name="waits for each new token at once",
+        edits=(
+            (
+                "            new_token_copy(token).start()\n\n        @pl.loop(0, q_len)\n        def _(token):\n            new_token_copy(token).wait()",
+                "            new_token_copy(token).start()\n            new_token_copy(token).wait()",
+            ),
+        ),
+    ),
+    Case(
+        name="a helper class and a main block",
+        edits=(
+            ("import functools\n", "import dataclasses\nimport functools\n"),
+            (
+                "\nLANES = 128\n",
+                "\nLANES = 128\n\n\n@dataclasses.dataclass(frozen=True)\nclass Tiles:\n    rows: int = 16\n\n    def __len__(self):\n        return self.rows\n",
+            ),
+            (
+                "\ndef get_tiling_meta",
+                '\nif __name__ == "__main__":\n    print(reference_fn.__name__)\n\n\ndef get_tiling_meta',
+            ),
+        ),
+    ),
+    Case(
+        name="prints while tracing",
+        edits=(
+            (
+                "    seq = pl.program_id(0)\n",
+                "    print('tracing', getattr(q_hbm, 'dtype', None))\n    seq = pl.program_id(0)\n",
+            ),
+        ),
+    ),
+    Case(
+        name="a larger limit of VMEM",
+        edits=(("vmem_limit_bytes=None,\n    debug", "vmem_limit_bytes=64 * 2**20,\n    debug"),),
+    ),
+    Case(name="a name of its own", edits=(('KERNEL_NAME = "ragged_paged_attention"', 'KERNEL_NAME = "rpa_v2"'),)),
+    Case(name="8 rows a step", base="add", edits=(("BLOCK = 32 ", "BLOCK = 8 "),)),
+    Case(name="128 rows a step", base="add", edits=(("BLOCK = 32 ", "BLOCK = 128 "),)),
+    Case(name="256 rows a step", base="add", edits=(("BLOCK = 32 ", "BLOCK = 256 "),)),
+    Case(
+        name="one step",
+        base="add",
+        edits=(
+            (
+                "pl.BlockSpec((BLOCK, COLUMNS), lambda i, a_ref: (i, 0))",
+                "pl.BlockSpec((ROWS, COLUMNS), lambda i, a_ref: (0, 0))",
+            ),
+            ("grid=(ROWS // BLOCK,)", "grid=(1,)"),
+        ),
+    ),
+    Case(
+        name="steps backwards",
+        base="add",
+        edits=(("lambda i, a_ref: (i, 0)", "lambda i, a_ref: (ROWS // BLOCK - 1 - i, 0)"),),
+    ),
+    Case(name="an operation beside", base="add", edits=(("    )(a, x, y)", "    )(a, x * 1.0, y)"),)),
+    Case(
+        name="subtracts the negative",
+        base="add",
+        edits=(("* x_ref[...] + y_ref[...]", "* x_ref[...] - (-y_ref[...])"),),
+    ),
+    Case(
+        name="one of two workloads",
+        base="add",
+        own_baseline=True,
+        edits=(("def compute_flops", 'WORKLOADS = {"one": {}, "two": {}}\n\n\ndef compute_flops'),),
+    ),
+    Case(
+        name="a tuple of outputs",
+        base="add",
+        own_baseline=True,
+        edits=(("    )(a, x, y)", "    )(a, x, y), x"), ("    return a[0] * x + y", "    return a[0] * x + y, x")),
+    ),
+    Case(
+        name="plain XLA, declared",
+        base="add",
+        own_baseline=True,
+        edits=(
+            (
+                "def kernel_fn(a, x, y):",
+                'NEEDS = ("no pallas",)\n\n\ndef kernel_fn(a, x, y):\n    return a[0] * x + y\n\n\ndef unused(a, x, y):',
+            ),
+        ),
+    ),
+    Case(
+        name="another module, declared",
+        base="add",
+        own_baseline=True,
+        edits=(
+            ("import jax\nimport", "import collections\n\nimport jax\nimport"),
+            ("\nROWS,", '\nNEEDS = ("collections",)\nNAMES = collections.OrderedDict(a=1)\nROWS,'),
+        ),
+    ),
+    Case(
+        name="bfloat16",
+        base="add",
+        own_baseline=True,
+        edits=(
+            (
+                "jax.random.normal(of_x, (ROWS, COLUMNS)), jax.random.normal(of_y, (ROWS, COLUMNS))",
+                "jax.random.normal(of_x, (ROWS, COLUMNS), jnp.bfloat16), jax.random.normal(of_y, (ROWS, COLUMNS), jnp.bfloat16)",
+            ),
+            (
+                "    out_ref[...] = a.astype(jnp.float32) * x_ref[...] + y_ref[...]",
+                "    out_ref[...] = a.astype(x_ref.dtype) * x_ref[...] + y_ref[...]",
+            ),
+            ("    return a[0] * x + y", "    return a[0].astype(x.dtype) * x + y"),
+        ),
+    ),
+    Case(
+        name="int8 values, a scale, float32 out",
+        base="add",
+        own_baseline=True,
+        edits=(
+            (
+                "jax.random.normal(of_x, (ROWS, COLUMNS)),",
+                "jax.random.randint(of_x, (ROWS, COLUMNS), -127, 127, jnp.int8),",
+            ),
+            ("* x_ref[...] +", "* x_ref[...].astype(jnp.float32) +"),
+            ("jax.ShapeDtypeStruct(x.shape, x.dtype)", "jax.ShapeDtypeStruct(x.shape, y.dtype)"),
+            ("    return a[0] * x + y", "    return a[0] * x.astype(y.dtype) + y"),
+        ),
+    ),
+    Case(
+        name="copies by hand",
+        base="add",
+        edits=(
+            (
+                "def kernel_fn(a, x, y):\n    rows = pl.BlockSpec((BLOCK, COLUMNS), lambda i, a_ref: (i, 0))",
+                "def by_hand(a_ref, x_hbm, y_hbm, out_hbm, x_ref, y_ref, sem):\n    fetch_x = pltpu.make_async_copy(x_hbm, x_ref, sem.at[0])\n    fetch_y = pltpu.make_async_copy(y_hbm, y_ref, sem.at[1])\n    fetch_x.start()\n    fetch_y.start()\n    fetch_x.wait()\n    fetch_y.wait()\n    body(a_ref, x_ref, y_ref, y_ref)\n    store = pltpu.make_async_copy(y_ref, out_hbm, sem.at[0])\n    store.start()\n    store.wait()\n\n\ndef kernel_fn(a, x, y):\n    rows = pl.BlockSpec(memory_space=pltpu.HBM)",
+            ),
+            ("        body,\n", "        by_hand,\n"),
+            (
+                "grid=(ROWS // BLOCK,), in_specs=[rows, rows], out_specs=rows",
+                "grid=(1,), in_specs=[rows, rows], out_specs=rows,\n            scratch_shapes=[pltpu.VMEM((ROWS, COLUMNS), jnp.float32), pltpu.VMEM((ROWS, COLUMNS), jnp.float32), pltpu.SemaphoreType.DMA((2,))]",
+            ),
+        ),
+    ),
+    Case(name="a matrix product", base="matmul", own_baseline=True),
+    Case(
+        name="a matrix product in bfloat16",
+        base="matmul",
+        own_baseline=True,
+        edits=(("DTYPE = jnp.float32", "DTYPE = jnp.bfloat16"),),
+    ),
+    Case(
+        name="rows and columns exchanged in the grid",
+        base="matmul",
+        edits=(
+            ("grid=(M // BM, N // BN, K // BK)", "grid=(N // BN, M // BM, K // BK)"),
+            ("lambda i, j, k: (i, k)", "lambda j, i, k: (i, k)"),
+            ("lambda i, j, k: (k, j)", "lambda j, i, k: (k, j)"),
+            ("lambda i, j, k: (i, j)", "lambda j, i, k: (i, j)"),
+        ),
+    ),
+    Case(
+        name="a cost estimate of its own",
+        edits=(
+            (
+                "        name=KERNEL_NAME,\n",
+                "        name=KERNEL_NAME,\n        cost_estimate=pl.CostEstimate(flops=1, transcendentals=0, bytes_accessed=1),\n",
+            ),
+        ),
+    ),
+]

@@ -1,0 +1,62 @@
+"""Computes on what a copy has not brought yet, or changes what one has not taken yet."""
+
+from tests.cheats import Case
+
+CASES = [
+    Case(
+        name="waits after the computation",
+        edits=(
+            ("                wait_fetch(block, slot)\n\n", ""),
+            (
+                "                    l_vmem[head] = jnp.broadcast_to(l_new, (bq * group, LANES))\n",
+                "                    l_vmem[head] = jnp.broadcast_to(l_new, (bq * group, LANES))\n\n                wait_fetch(block, slot)\n",
+            ),
+        ),
+        status="FAIL_RACE",
+        reason="right where copies are instant",
+    ),
+    Case(
+        name="never waits for pages",
+        edits=(("                wait_fetch(block, slot)\n\n", ""),),
+        status="FAIL_RACE",
+        reason="",
+    ),
+    Case(
+        name="queries used before they came",
+        edits=(
+            ("            fetch_q.wait()\n", ""),
+            (
+                "            # A block that is all this",
+                "            fetch_q.wait()\n            # A block that is all this",
+            ),
+        ),
+        status="FAIL_RACE",
+        reason="",
+    ),
+    Case(
+        name="cache read before it is written",
+        edits=(
+            (
+                "        @pl.loop(0, q_len)\n        def _(token):\n            new_token_copy(token).start()\n\n        @pl.loop(0, q_len)\n        def _(token):\n            new_token_copy(token).wait()\n",
+                "        @pl.loop(0, q_len)\n        def _(token):\n            new_token_copy(token).start()\n",
+            ),
+            (
+                "            # A block that is all this",
+                "            @pl.loop(0, jnp.where(q_block == 0, q_len, 0))\n            def _(token):\n                new_token_copy(token).wait()\n\n            # A block that is all this",
+            ),
+        ),
+        status="FAIL_RACE",
+        reason="",
+    ),
+    Case(
+        name="rows stored and not waited for",
+        edits=(
+            (
+                "\n                @pl.loop(row_start, row_end)\n                def _(row):\n                    copy(o_vmem.at[row - window], o_hbm.at[row], io_sem).wait()\n",
+                "",
+            ),
+        ),
+        status="FAIL_RACE",
+        reason="",
+    ),
+]

@@ -1,0 +1,67 @@
+"""What only the traced program shows: two faces, callbacks, knowledge and work that are not its own."""
+
+from tests.cheats import Case
+
+CASES = [
+    Case(
+        name="platform dependent",
+        edits=(
+            (
+                "    return ragged_paged_attention(\n        queries, keys",
+                "    queries = jax.lax.platform_dependent(queries, tpu=lambda x: x, default=lambda x: x + 0)\n    return ragged_paged_attention(\n        queries, keys",
+            ),
+        ),
+        status="FAIL_CONTRACT",
+        reason="kernel_fn uses platform_index",
+    ),
+    Case(
+        name="interpreted on the chip",
+        edits=(("        name=KERNEL_NAME,\n", "        name=KERNEL_NAME,\n        interpret=True,\n"),),
+        status="FAIL_CONTRACT",
+        reason="a pallas_call with interpret set",
+    ),
+    Case(
+        name="constants baked in",
+        edits=(
+            (
+                "    return ragged_paged_attention(\n        queries, keys",
+                "    queries = queries + 0 * jnp.asarray(np.random.default_rng(0).standard_normal((1 << 19,)), DTYPE)[0]\n    return ragged_paged_attention(\n        queries, keys",
+            ),
+        ),
+        status="FAIL_CONTRACT",
+        reason="bytes of constants are baked in",
+    ),
+    Case(
+        name="inputs of the published seed baked in",
+        edits=(
+            (
+                "    return ragged_paged_attention(\n        queries, keys",
+                '    queries = jnp.asarray(generate_inputs(jax.random.key(0), **WORKLOADS["small"])[0])\n    return ragged_paged_attention(\n        queries, keys',
+            ),
+        ),
+        status="FAIL_CORRECTNESS",
+        reason="output 0",
+    ),
+    Case(
+        name="no kernel at all",
+        edits=(
+            (
+                "    return ragged_paged_attention(\n        queries, keys, values, kv_cache, kv_lens, page_indices, cu_q_lens, distribution, sm_scale=SM_SCALE\n    )",
+                "    return queries, kv_cache",
+            ),
+        ),
+        status="FAIL_CONTRACT",
+        reason="kernel_fn has no Pallas kernel",
+    ),
+    Case(
+        name="the work beside the kernel",
+        edits=(
+            (
+                "    return ragged_paged_attention(\n        queries, keys",
+                "    scores = jnp.einsum('thd,shd->hts', jnp.tile(queries, (8, 1, 1)), jnp.tile(queries, (8, 1, 1)))\n    queries = queries + 0 * jnp.sum(scores).astype(DTYPE)\n    return ragged_paged_attention(\n        queries, keys",
+            ),
+        ),
+        status="FAIL_CONTRACT",
+        reason="matrix products beside the Pallas kernel",
+    ),
+]

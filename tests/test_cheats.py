@@ -1,0 +1,49 @@
+"""tests/cheats/: what is decided on a file's text at once, one of each other class, and a few honest kernels.
+
+`benchmarks/integrity.py` judges all of them.
+"""
+
+import pytest
+
+from tests import cheats
+
+EARLY = [case for case in cheats.cheats() if case.is_early]
+LATE = [case for case in cheats.cheats() if not case.is_early]
+# One a class, the first in its file; more take minutes.
+ONE_EACH = [next(case for case in LATE if case.group == group) for group in dict.fromkeys(c.group for c in LATE)]
+HONEST = {
+    "transposed scores",
+    "copies by hand",
+    "plain XLA, declared",
+    "int8 values, a scale, float32 out",
+}
+
+
+def named(case: cheats.Case) -> str:
+    return f"{case.group}-{case.name}"
+
+
+def test_the_suite_is_as_large_as_it_says():
+    assert len(cheats.cheats()) >= 60
+    assert len(cheats.load("honest")) >= 25
+    assert sum(case.base == "rpa" for case in cheats.cheats()) > len(cheats.cheats()) / 2
+    assert all(case.status != "PASS" for case in cheats.cheats())
+    assert all(case.status == "PASS" for case in cheats.load("honest"))
+    assert all(case.reason for case in cheats.cheats())
+
+
+@pytest.mark.parametrize("case", EARLY, ids=named)
+def test_cheat_that_the_text_shows(case):
+    assert not case.problem(case.judge())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ONE_EACH, ids=named)
+def test_cheat(case):
+    assert not case.problem(case.judge())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [c for c in cheats.load("honest") if c.name in HONEST], ids=named)
+def test_honest_kernel(case):
+    assert not case.problem(case.judge())
