@@ -423,7 +423,6 @@ WORKLOADS = {
 # None is drawn by the judge, anew for each judging; `races` is also what the strict interpreter runs.
 CHECKS = {
     "edges": {"batch": "edges", "poison": True},
-    "short": {"batch": "short", "poison": True},
     "holdout": {"batch": "short", "poison": True, "draw": None},
     "large": {"batch": "races", "poison": True, "magnitude": 64.0},
     "races": {"batch": "races", "poison": True},

@@ -82,12 +82,21 @@ def strict(closed_jaxpr: Any) -> Any:
     return _with_interpreter(closed_jaxpr, parameters, frozenset((_OrderedIOEffect,)))
 
 
-def races_found() -> bool:
-    """Whether the last strict run saw a race."""
+def patch_detector() -> None:
+    """Symptom: each access is compared with all before it in Python; ten thousand row copies take ten minutes."""
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 
-    races = interpret_pallas_call.races
-    return races is not None and bool(races.races_found)
+    from judge.races import Detector
+
+    setattr(interpret_pallas_call, "RaceDetectionState", Detector)  # noqa: B010
+
+
+def race_found() -> str:
+    """The first race of the last strict run, in words, or nothing."""
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+
+    detector: Any = interpret_pallas_call.races
+    return "" if detector is None or not detector.races_found else detector.first or "somewhere"
 
 
 def reset_strict() -> None:

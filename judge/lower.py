@@ -75,7 +75,7 @@ def lower(request: dict[str, Any]) -> dict[str, Any]:
     from judge import jax_shims, wire
     from judge.worker import where
 
-    out, kernel = Path(request["out"]), Path("kernel.py")
+    out, kernel = Path(request["out"]), Path(request["kernel"])
     device = jax_shims.topology_device(request["topology"])
     results = {}
     for name, workload in request["workloads"].items():

@@ -110,18 +110,24 @@ def check_sets(sealed: ModuleType, arguments: dict[str, Any], secret: int) -> di
     """Name → (seed, keyword arguments) of the inputs on which one workload is checked.
 
     CHECKS first, because they are cheap: an argument that is None there is drawn from `secret`, a number that nobody
-    knew before the artifacts existed. Then other values of the first of them, from that secret, and last the very
-    inputs whose time counts, so that no kernel may treat them otherwise. A file without CHECKS is checked on secret
-    values of the timed shapes.
+    knew before the artifacts existed, and so are the values of such a set. Without one, other values of the first set
+    are drawn from the secret; a file without CHECKS is checked on secret values of the timed shapes. Last come the very
+    inputs whose time counts, so that no kernel may treat them otherwise.
     """
     checks = getattr(sealed, "CHECKS", None) or {}
     sets = {}
     for name, changes in checks.items():
         drawn = {key: secret if value is None else value for key, value in changes.items()}
-        seed = secret if drawn != dict(changes) else int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
+        seed = secret if is_drawn(changes) else int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
         sets[name] = (seed, {**arguments, **drawn})
-    first = next(iter(sets.values()))[1] if sets else arguments
-    return {**sets, SECRET: (secret, first), "timed inputs": (TIMED_SEED, arguments)}
+    if not any(map(is_drawn, checks.values())):
+        sets[SECRET] = (secret, next(iter(sets.values()))[1] if sets else arguments)
+    return {**sets, "timed inputs": (TIMED_SEED, arguments)}
+
+
+def is_drawn(changes: Mapping[str, Any]) -> bool:
+    """Whether a check set is drawn anew for each judging."""
+    return any(value is None for value in changes.values())
 
 
 def strict_set(sealed: ModuleType, arguments: dict[str, Any], secret: int) -> tuple[str, tuple[int, dict[str, Any]]]:
@@ -143,7 +149,7 @@ def check(sealed: ModuleType, request: dict[str, Any]) -> dict[str, Any]:
             program.check_shapes(inputs, label)
             where = f"workload {name}, check {label!r}"
             got, want = _agree(sealed, program, inputs, where)
-            if label == SECRET:
+            if seed == request["secret"]:
                 _probe(sealed, program, inputs, (got, want), request["secret"], where)
             count += 1
     return {"status": "PASS", "checks": count}

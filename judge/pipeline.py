@@ -183,6 +183,7 @@ class Judging:
             flops, shapes = described[name]["flops"], described[name]["inputs"]
             programs[name] = {"program": str(path), "inputs": shapes, "flops": flops}
         request = {
+            "kernel": str(kernel),
             "topology": request["topology"],
             "workloads": programs,
             "needs_pallas": NO_PALLAS not in self.task.sealed.needs,

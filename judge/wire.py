@@ -70,10 +70,10 @@ class Refusing:
         raise WireError("a function of the kernel file was called while lowering")
 
 
-def dumps(program: Any, rename: tuple[str, str]) -> bytes:
-    """A closed jaxpr as bytes, with path `rename[0]` said as `rename[1]`. Raises WireError."""
+def dumps(program: Any) -> bytes:
+    """A closed jaxpr as bytes. Raises WireError."""
     buffer = io.BytesIO()
-    writer = _Writer(buffer, rename)
+    writer = _Writer(buffer)
     try:
         writer.dump(program)
     except (pickle.PicklingError, TypeError, AttributeError, RecursionError) as error:
@@ -206,11 +206,10 @@ _FUNCTIONS = (primitive, tree, equation, typed_array, refusing, empty_mesh, nump
 
 
 class _Writer(pickle.Pickler):
-    def __init__(self, file: io.BytesIO, rename: tuple[str, str]) -> None:
+    def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file, protocol=5)
         _import_all()
         self._names = _primitive_names()
-        self._rename = rename
 
     def reducer_override(self, value: Any) -> Any:
         import types
@@ -229,8 +228,7 @@ class _Writer(pickle.Pickler):
             frame = source_info_util.user_frame(value.source_info.traceback)
             place = None
             if frame is not None:
-                file = frame.file_name.replace(*self._rename)
-                place = (file, frame.function_name, frame.start_line)
+                place = (frame.file_name, frame.function_name, frame.start_line)
             parts = (value.invars, value.outvars, value.primitive, value.params, value.effects)
             if value.ctx.compute_type or value.ctx.xla_metadata:
                 raise WireError("compute_on and metadata for the compiler have no place in a kernel")
@@ -255,9 +253,6 @@ class _Writer(pickle.Pickler):
         if isinstance(value, jax.Array):
             return np.asarray(value).__reduce_ex__(5)
         return NotImplemented
-
-    def persistent_id(self, value: Any) -> Any:
-        return None
 
 
 def _is_data(kind: type) -> bool:

@@ -71,7 +71,7 @@ def trace(request: dict[str, Any]) -> tuple[dict[str, str], dict[str, bytes]]:
                 raise WorkerFailure("FAIL_CRASH", f"workload {name}: kernel_fn raised {where(error, path)}") from error
         trees[name] = str(jax.tree.structure(outputs))
         try:
-            programs[name] = wire.dumps(jaxpr, (str(path), path.name))
+            programs[name] = wire.dumps(jaxpr)
         except wire.WireError as error:
             raise WorkerFailure("FAIL_CONTRACT", f"workload {name}: {error}") from error
     return trees, programs

@@ -215,6 +215,7 @@ def test_check_sets_change_the_workload_and_have_seeds_of_their_own():
 def test_what_is_none_in_a_check_is_drawn_anew():
     file = sealed(CHECKS={"edges": {}, "holdout": {"draw": None, "short": True}})
     one, other = (check_sets(file, {"n": 4}, secret) for secret in (1, 2))
+    assert SECRET not in one
     assert one["holdout"] == (1, {"n": 4, "draw": 1, "short": True}) and other["holdout"][1]["draw"] == 2
     assert one["edges"] == other["edges"]
 
