@@ -3,6 +3,8 @@
 `benchmarks/integrity.py` judges all of them.
 """
 
+import json
+
 import pytest
 
 from tests import cheats
@@ -47,3 +49,13 @@ def test_cheat(case):
 @pytest.mark.parametrize("case", [c for c in cheats.load("honest") if c.name in HONEST], ids=named)
 def test_honest_kernel(case):
     assert not case.problem(case.judge())
+
+
+def test_what_a_kernel_says_of_its_cost_changes_nothing(passed, judge_file, variant):
+    """CostEstimate and get_tiling_meta are for people and for XLA; the figures come from the schedule."""
+    call = "        out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),\n"
+    flattering = "cost_estimate=pl.CostEstimate(flops=1, transcendentals=0, bytes_accessed=1)"
+    text = variant((call, f"{call}        {flattering},\n"), ('(BLOCK, COLUMNS), "grid": (', '(1, 1), "grid": (0 * '))
+    done = judge_file(text, "--chip", "v5e", "--json")
+    one, other = (json.loads(d.out.splitlines()[-1])["workloads"] for d in (passed, done))
+    assert one == other

@@ -4,10 +4,8 @@ from tests.cheats import Case
 
 CASES = [
     Case(name="8 queries a block", sweeps=(("Q_BLOCK_TOKENS = 16", "Q_BLOCK_TOKENS = 8"),)),
-    Case(name="32 queries a block", sweeps=(("Q_BLOCK_TOKENS = 16", "Q_BLOCK_TOKENS = 32"),)),
     Case(name="64 queries a block", sweeps=(("Q_BLOCK_TOKENS = 16", "Q_BLOCK_TOKENS = 64"),)),
     Case(name="1 pages a block", sweeps=(("KV_BLOCK_PAGES = 2", "KV_BLOCK_PAGES = 1"),)),
-    Case(name="4 pages a block", sweeps=(("KV_BLOCK_PAGES = 2", "KV_BLOCK_PAGES = 4"),)),
     Case(name="8 pages a block", sweeps=(("KV_BLOCK_PAGES = 2", "KV_BLOCK_PAGES = 8"),)),
     Case(
         name="transposed scores",
@@ -109,13 +107,7 @@ CASES = [
             ),
         ),
     ),
-    Case(
-        name="a larger limit of VMEM",
-        edits=(("vmem_limit_bytes=None,\n    debug", "vmem_limit_bytes=64 * 2**20,\n    debug"),),
-    ),
-    Case(name="a name of its own", edits=(('KERNEL_NAME = "ragged_paged_attention"', 'KERNEL_NAME = "rpa_v2"'),)),
     Case(name="8 rows a step", base="add", edits=(("BLOCK = 32 ", "BLOCK = 8 "),)),
-    Case(name="128 rows a step", base="add", edits=(("BLOCK = 32 ", "BLOCK = 128 "),)),
     Case(name="256 rows a step", base="add", edits=(("BLOCK = 32 ", "BLOCK = 256 "),)),
     Case(
         name="one step",
@@ -132,12 +124,6 @@ CASES = [
         name="steps backwards",
         base="add",
         edits=(("lambda i, a_ref: (i, 0)", "lambda i, a_ref: (ROWS // BLOCK - 1 - i, 0)"),),
-    ),
-    Case(name="an operation beside", base="add", edits=(("    )(a, x, y)", "    )(a, x * 1.0, y)"),)),
-    Case(
-        name="subtracts the negative",
-        base="add",
-        edits=(("* x_ref[...] + y_ref[...]", "* x_ref[...] - (-y_ref[...])"),),
     ),
     Case(
         name="one of two workloads",
@@ -158,8 +144,9 @@ CASES = [
         edits=(
             (
                 "def kernel_fn(a, x, y):",
-                'NEEDS = ("no pallas",)\n\n\ndef kernel_fn(a, x, y):\n    return a[0] * x + y\n\n\ndef unused(a, x, y):',
+                'NEEDS = ("no pallas",)\n\n\ndef kernel_fn(a, x, y):\n    return x + y\n\n\ndef unused(a, x, y):',
             ),
+            ("    return a[0] * x + y", "    return x + y"),
         ),
     ),
     Case(
@@ -217,12 +204,6 @@ CASES = [
         ),
     ),
     Case(name="a matrix product", base="matmul", own_baseline=True),
-    Case(
-        name="a matrix product in bfloat16",
-        base="matmul",
-        own_baseline=True,
-        edits=(("DTYPE = jnp.float32", "DTYPE = jnp.bfloat16"),),
-    ),
     Case(
         name="rows and columns exchanged in the grid",
         base="matmul",

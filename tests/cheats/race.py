@@ -13,13 +13,13 @@ CASES = [
             ),
         ),
         status="FAIL_RACE",
-        reason="right where copies are instant",
+        reason="touch the same memory with no wait between them",
     ),
     Case(
         name="never waits for pages",
         edits=(("                wait_fetch(block, slot)\n\n", ""),),
         status="FAIL_RACE",
-        reason="",
+        reason="workload small, check 'races'",
     ),
     Case(
         name="queries used before they came",
@@ -31,7 +31,7 @@ CASES = [
             ),
         ),
         status="FAIL_RACE",
-        reason="",
+        reason="workload small, check 'races'",
     ),
     Case(
         name="cache read before it is written",
@@ -46,7 +46,7 @@ CASES = [
             ),
         ),
         status="FAIL_RACE",
-        reason="",
+        reason="workload small, check 'races'",
     ),
     Case(
         name="rows stored and not waited for",
@@ -57,6 +57,6 @@ CASES = [
             ),
         ),
         status="FAIL_RACE",
-        reason="",
+        reason="workload small, check 'races'",
     ),
 ]

@@ -35,8 +35,12 @@ CASES = [
         name="inputs of the published seed baked in",
         edits=(
             (
+                '@functools.partial(jax.jit, donate_argnames=("kv_cache",))',
+                'BAKED = np.asarray(generate_inputs(jax.random.key(0), **WORKLOADS["small"])[0])\n\n\n@functools.partial(jax.jit, donate_argnames=("kv_cache",))',
+            ),
+            (
                 "    return ragged_paged_attention(\n        queries, keys",
-                '    queries = jnp.asarray(generate_inputs(jax.random.key(0), **WORKLOADS["small"])[0])\n    return ragged_paged_attention(\n        queries, keys',
+                "    queries = jnp.asarray(BAKED)\n    return ragged_paged_attention(\n        queries, keys",
             ),
         ),
         status="FAIL_CORRECTNESS",
