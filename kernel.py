@@ -424,8 +424,7 @@ WORKLOADS = {
 CHECKS = {
     "edges": {"batch": "edges", "poison": True},
     "holdout": {"batch": "short", "poison": True, "draw": None},
-    "large": {"batch": "races", "poison": True, "magnitude": 64.0},
-    "races": {"batch": "races", "poison": True},
+    "races": {"batch": "races", "poison": True, "magnitude": 64.0},
     "long": {"batch": "long", "poison": True},
 }
 # One entry an output: bfloat16 attention against a float32 oracle; the cache must agree to the bit.
@@ -562,13 +561,19 @@ def reference_fn(queries, keys, values, kv_cache, kv_lens, page_indices, cu_q_le
         for head in range(NUM_KV_HEADS):
             k = slots[slot, head, 0].astype(np.float32)
             v = slots[slot, head, 1].astype(np.float32)
-            q = queries[start:end, head * group : (head + 1) * group].astype(np.float32)
-            scores = q.reshape(-1, HEAD_DIM) @ k.T * SM_SCALE
-            visible = token <= np.repeat(positions, group)[:, None]
-            scores = np.where(visible, scores, -np.inf)
-            weights = np.exp(scores - scores.max(axis=1, keepdims=True))
-            weights /= weights.sum(axis=1, keepdims=True)
-            out[start:end, head * group : (head + 1) * group] = (weights @ v).reshape(end - start, group, HEAD_DIM)
+            for row in range(
+                start, end, 256
+            ):  # a few rows at a time, against what they see, stay in the processor's cache
+                rows = slice(row, min(row + 256, end))
+                seen = positions[rows.start - start : rows.stop - start]
+                length = seen[-1] + 1
+                q = queries[rows, head * group : (head + 1) * group].astype(np.float32) * np.float32(SM_SCALE)
+                scores = q.reshape(-1, HEAD_DIM) @ k[:length].T
+                scores[token[:length] > np.repeat(seen, group)[:, None]] = -np.inf
+                scores -= scores.max(axis=1, keepdims=True)
+                weights = np.exp(scores, out=scores)
+                weights /= weights.sum(axis=1, keepdims=True)
+                out[rows, head * group : (head + 1) * group] = (weights @ v[:length]).reshape(-1, group, HEAD_DIM)
     return out.astype(queries.dtype), cache
 
 

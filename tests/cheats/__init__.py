@@ -22,10 +22,9 @@ SMALL_WORKLOADS = """WORKLOADS = {
 }
 """
 SMALL_CHECKS = """CHECKS = {
-    "races": {"batch": "races", "poison": True},
+    "races": {"batch": "races", "poison": True, "magnitude": 64.0},
     "edges": {"batch": "edges", "poison": True},
     "holdout": {"batch": "short", "poison": True, "draw": None},
-    "large": {"batch": "races", "poison": True, "magnitude": 64.0},
 }
 """
 

@@ -41,7 +41,7 @@ CASES = [
     ),
     Case(
         name="fewer checks",
-        edits=(('    "races": {"batch": "races", "poison": True},\n', ""),),
+        edits=(('    "races": {"batch": "races", "poison": True, "magnitude": 64.0},\n', ""),),
         status="FAIL_CONTRACT",
         reason="changes CHECKS, which",
     ),
