@@ -150,7 +150,9 @@ def _judge(
         return verdict
     times = {name: one.latency_ms for name, one in verdict.workloads.items()}
     champion_ms = judging.champion_ms or (champion.workload_ms if champion else None)
-    decision = decide.decide(verdict.total, times, champion_ms, mode=experiment.mode)
+    waiting = [one["dma_wait_cycles"] / one["cycles"] for one in verdict.facts.values() if one.get("cycles")]
+    resolution = decide.model_resolution(waiting) if experiment.mode == "model" else 0.0
+    decision = decide.decide(verdict.total, times, champion_ms, mode=experiment.mode, resolution=resolution)
     verdict.status, verdict.reason = decision.status, decision.reason
     return verdict
 

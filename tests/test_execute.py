@@ -19,15 +19,21 @@ from judge.llo.translate import Untranslatable, split_arguments
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 KINDS = ("hbm_to_vmem", "vmem_to_hbm", "hbm_to_smem", "vmem_to_smem", "hbm_to_hbm")
+V5E = load_machine("v5e")
 MACHINE = Machine(
     chip="made up",
+    rule="calibrated",
     clock_hz=1e9,
     granule_bytes=32,
     hbm_pointer_bytes=32,
     branch_delay_bundles=4,
     merges_empty_bundles=False,
     wait_cycles=6,
+    pushes_pairs=False,
+    latencies=dict.fromkeys(V5E.latencies, 1),  # results are there at once: test_issue.py has the others
+    cadences=dict.fromkeys(V5E.cadences, 1),
     dma={kind: DmaCost(latency_cycles=100, bytes_per_cycle=32) for kind in KINDS},
+    ici=V5E.ici,
 )
 MERGING = dataclasses.replace(MACHINE, branch_delay_bundles=6, merges_empty_bundles=True)
 ALLOCATIONS = """
@@ -144,7 +150,7 @@ def test_twice_gives_the_identical_time(run):
     machine = dataclasses.replace(MACHINE, dma={k: DmaCost(latency_cycles=1 / 3, bytes_per_cycle=0.7) for k in KINDS})
     program = [OPERAND, copy(1), copy(2, size=33), *wait(2, 33), *wait(1)]
     first, second = run(program, machine=machine), run(program, machine=machine)
-    assert first.cycles.hex() == second.cycles.hex() and first.cycles != int(first.cycles)
+    assert first.cycles.hex() == second.cycles.hex() and first.dmas[0].done_cycle != int(first.dmas[0].done_cycle)
 
 
 # --- loops and branches ---

@@ -29,8 +29,9 @@ def test_every_chip_has_costs(chip):
 @pytest.mark.parametrize("chip", CHIPS)
 def test_every_number_has_a_source_and_a_confidence(chip):
     data = tomllib.loads((machine.DATA / f"{chip}.toml").read_text())
-    facts = [fact for key, fact in data.items() if key != "dma"] + list(data["dma"].values())
-    assert len(facts) == 6 + len(DMA_KINDS)
+    grouped = [data.pop("wait_cycles"), data.pop("latency"), data.pop("cadence"), *data.pop("dma").values()]
+    facts = [fact for table in grouped for fact in table.values()] + list(data.values())
+    assert len(grouped) == 5 and len(data) == 8
     for fact in facts:
         assert fact["confidence"] in CONFIDENCES
         assert len(fact["source"]) > 10
@@ -47,9 +48,25 @@ def test_the_shared_path_is_near_the_chips_bandwidth(chip):
     assert math.isfinite(costs.wait_cycles) and costs.wait_cycles >= 1
 
 
+@pytest.mark.parametrize("chip", CHIPS)
+def test_the_two_rules_are_kept_apart(chip):
+    calibrated, compiler = load_machine(chip), load_machine(chip, "compiler")
+    assert (calibrated.rule, compiler.rule) == ("calibrated", "compiler")
+    assert all(cost.run_cycles == 0 for cost in compiler.dma.values())
+    assert calibrated.dma["hbm_to_vmem"].run_cycles > 0
+    assert compiler.latency("predicate_logic") == 2 > calibrated.latency("predicate_logic")
+    assert compiler.latencies.keys() == calibrated.latencies.keys()
+
+
+def test_a_unit_may_have_a_latency_of_its_own():
+    machine = load_machine("v5e")
+    assert machine.latency("permute", "xlu2") == machine.latencies["permute_xlu2"]
+    assert machine.latency("permute", "xlu0") == machine.latencies["permute"]
+
+
 def test_a_missing_number_or_file_is_an_error(tmp_path, monkeypatch):
     text = (machine.DATA / "v5e.toml").read_text()
-    (tmp_path / "v5e.toml").write_text(text.replace("[wait_cycles]", "[waiting]"))
+    (tmp_path / "v5e.toml").write_text(text.replace("[wait_cycles.", "[waiting."))
     monkeypatch.setattr(machine, "DATA", tmp_path)
     with pytest.raises(KeyError, match="wait_cycles"):
         load_machine("v5e")

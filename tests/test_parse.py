@@ -79,7 +79,7 @@ def test_regions_that_start_and_end(tmp_path):
     )
     assert dump.region_address == {1: 0, 2: 0, 3: 1, 5: 2, 6: 3}
     assert [bundle.opens_region for bundle in dump.bundles] == [True, True, False, True]
-    assert [bundle.closes_region for bundle in dump.bundles] == [False, True, False, False]
+    assert [bundle.ends for bundle in dump.bundles] == [(), (2,), (), ()]
 
 
 @pytest.mark.parametrize(

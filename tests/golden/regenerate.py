@@ -488,6 +488,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE, help="folder to write to (default: beside this file)")
     parser.add_argument("--chips", default=",".join(CHIPS), help="comma-separated")
     parser.add_argument("--fresh", action="store_true", help="the larger kernels that are not kept")
+    parser.add_argument(
+        "--cycles-only", action="store_true", help="compile nothing: what the dumps that are there cost"
+    )
     arguments = parser.parse_args()
     cases = FRESH if arguments.fresh else GOLDEN
     jax_shims.set_environment()
@@ -497,10 +500,12 @@ def main() -> None:
             f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final"
         )
         for name, case in cases.items():
-            shutil.rmtree(arguments.out / name, ignore_errors=True)
+            if not arguments.cycles_only:
+                shutil.rmtree(arguments.out / name, ignore_errors=True)
             for chip in arguments.chips.split(","):
                 folder = arguments.out / name / chip
-                compile_case(case, chip, Path(dump), folder)
+                if not arguments.cycles_only:
+                    compile_case(case, chip, Path(dump), folder)
                 cost = module_cost(folder, load_machine(chip), case.scalars)
                 expected.setdefault(name, {})[chip] = round(cost.cycles, 3)
     (arguments.out / "expected.json").write_text(json.dumps(expected, indent=2) + "\n")
