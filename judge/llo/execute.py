@@ -49,6 +49,15 @@ class _Unknown:
 UNKNOWN = _Unknown()
 
 
+@dataclass(kw_only=True, slots=True)
+class Wait:
+    """One wait of the schedule, over all times that it ran."""
+
+    count: int = 0
+    cycles: int = 0  # beyond the bundle's own
+    flags: set[int] = field(default_factory=set)
+
+
 @dataclass(kw_only=True)
 class Execution:
     """What one run of a program did."""
@@ -58,6 +67,7 @@ class Execution:
     hbm_written_bytes: int = 0
     dma_count: int = 0
     dma_wait_cycles: float = 0.0
+    waits: dict[int, Wait] = field(default_factory=dict)  # bundle of a dma.done.wait → what became of it
     stalls: Counter[tuple[int, str]] = field(default_factory=Counter)  # (bundle, cause) → cycles lost before it
     bundle_runs: Counter[int] = field(default_factory=Counter)  # block address → runs
     block_bundles: dict[int, tuple[int, ...]] = field(default_factory=dict)
@@ -123,7 +133,7 @@ class _Core:
     def add_flag(self, flag: int, count: int) -> None:
         self.engine.flags[flag.__index__()] += _signed(count.__index__())
 
-    def wait(self, flag: int, count: int, issued: int) -> int:
+    def wait(self, flag: int, count: int, issued: int, address: int) -> int:
         """The first cycle after a wait that issues at `issued`."""
         flag, count = flag.__index__(), _signed(count.__index__())
         try:
@@ -131,7 +141,14 @@ class _Core:
         except CopyError as error:
             raise ExecutionError(str(error)) from None
         end += self.machine.wait_cycles
-        self.result.dma_wait_cycles += end - issued - 1  # the bundle itself is the other cycle
+        waited = end - issued - 1  # the bundle itself is the other cycle
+        self.result.dma_wait_cycles += waited
+        wait = self.result.waits.get(address)
+        if wait is None:
+            wait = self.result.waits[address] = Wait()
+        wait.count += 1
+        wait.cycles += waited
+        wait.flags.add(flag)
         return end
 
     # --- DMA ---

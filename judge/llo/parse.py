@@ -112,19 +112,15 @@ def _earlier_ends(comment: str) -> tuple[int, ...]:
 
 
 def _slot(path: Path, line: int, text: str) -> Slot:
-    text, _, mark = text.partition("\0")
-    file, _, number = mark.partition("\0")
+    source = None
+    if "\0" in text:  # code, file, line, code
+        parts = text.split("\0")
+        text, source = "".join(parts[::3]), (parts[1], int(parts[2]))
     match = _SLOT.match(text.strip())
     if match is None:
         raise ParseError(f"{path.name}:{line}: not an instruction: {text.strip()[:120]!r}")
     result, register, opcode, rest = match.groups()
-    return Slot(
-        register=register,
-        result=result,
-        opcode=opcode,
-        rest=" ".join(rest.split()),
-        source=(file, int(number)) if mark else None,
-    )
+    return Slot(register=register, result=result, opcode=opcode, rest=" ".join(rest.split()), source=source)
 
 
 def _statements(path: Path) -> list[tuple[int, str, str]]:
@@ -133,7 +129,8 @@ def _statements(path: Path) -> list[tuple[int, str, str]]:
     depth = 0
     for number, raw in enumerate(path.read_text().splitlines(), 1):
         text = _DIVISION_RESULT.sub(r", kind=\1", _NAMED_ARGUMENT.sub(r" \1=", raw))
-        text = _SOURCE.sub("\0\\1\0\\2", text)
+        if "/* loc(" in text:
+            text = _SOURCE.sub("\0\\1\0\\2\0", text)
         if depth == 0:
             if _HEADER.match(text.strip()):
                 continue

@@ -216,7 +216,7 @@ class Translator:
         if slot.opcode not in _WAITS:
             raise self._unknown(bundle, slot, "sync instruction")
         flag, count = (self._value(bundle, slot, text) for text in arguments[:2])
-        return f"{f'if {predicate}: ' if predicate else ''}u = M.wait({flag}, {count}, @)"
+        return f"{f'if {predicate}: ' if predicate else ''}u = M.wait({flag}, {count}, @, {bundle.address})"
 
     def _slot(self, bundle: Bundle, slot: Slot) -> Iterator[tuple[str, str, str]]:
         """(kind, register, text) of one slot: "value" an expression for a register, "effect" a statement, "before" a
