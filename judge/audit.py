@@ -3,7 +3,10 @@
 from pathlib import Path
 
 from judge import ledger
-from judge.transaction import LEDGER, Refused, Repository
+from judge.archive import unpack
+from judge.lock import Refused
+from judge.repository import LEDGER, Repository
+from judge.transaction import Transaction, check_ledger
 
 
 def audit(folder: Path) -> list[str]:
@@ -14,9 +17,11 @@ def audit(folder: Path) -> list[str]:
         return [str(error)]
     try:
         repository = Repository(folder)
-        repository.unpack_archive()
-        repository.ledger_text()
-    except Refused as error:
+        if not all(repository.has_commit(row.commit) for row in rows):
+            with repository.exclusive("audit"):
+                unpack(Transaction(repository))
+        check_ledger(repository)
+    except (Refused, ledger.LedgerError) as error:
         return [str(error)]
     findings = []
     champions: dict[int, float] = {}

@@ -3,17 +3,26 @@
 Columns are tab-separated with a header; an empty cell is a figure that does not exist. Text is escaped (`\\t`, `\\n`,
 `\\"`, `\\\\`, `\\xNN`, `\\uNNNN`), so that `pandas.read_csv(path, sep="\\t")` and line tools read it alike. Whatever
 does not fit is an error with the line number; a bad ledger is never written to.
+
+`frame` is the ledger as a typed DataFrame, for everyone who only reads. A row is appended in place, so a kill may leave
+a torn last line, one without its line end: whoever runs the next experiment sets it aside.
 """
 
+import csv
 import hashlib
+import io
 import math
 import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from judge.decide import PASS, STATUSES
+
+if TYPE_CHECKING:
+    import pandas
 
 GENESIS = "0" * 64
 
@@ -60,7 +69,7 @@ class Row:
 
 
 COLUMNS = tuple(field.name for field in fields(Row))
-_TYPES = {field.name: str(field.type) for field in fields(Row)}
+_TYPES = {field.name: field.type.__name__ if isinstance(field.type, type) else str(field.type) for field in fields(Row)}
 HEADER = "\t".join(COLUMNS)
 _ESCAPES = {"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r", '"': '\\"'}
 _UNESCAPE = re.compile(r"\\(?:x([0-9a-f]{2})|u([0-9a-f]{4})|(.))")
@@ -122,7 +131,7 @@ def parse(text: str, name: str = "results.tsv") -> list[Row]:
     rows: list[Row] = []
     previous = GENESIS
     for number, line in enumerate(lines[1:], 2):
-        row = _parse_row(line, f"{name}:{number}")
+        row = parse_row(line, f"{name}:{number}")
         expected = format_row(row, previous)
         if expected != line + "\n":
             raise LedgerError(
@@ -136,7 +145,8 @@ def parse(text: str, name: str = "results.tsv") -> list[Row]:
     return rows
 
 
-def _parse_row(line: str, where: str) -> Row:
+def parse_row(line: str, where: str) -> Row:
+    """One line's row, without its place in the chain. Raises LedgerError."""
     cells = line.split("\t")
     if len(cells) != len(COLUMNS):
         raise LedgerError(f"{where}: {len(cells)} cells where {len(COLUMNS)} were expected; restore the file from git")
@@ -172,28 +182,100 @@ def read(path: Path) -> list[Row]:
         raise LedgerError(f"{path.name}:{line}: not UTF-8; restore the file from git") from None
 
 
-def appended(text: str, row: Row) -> str:
-    """The ledger's text with `row` added: header first where there is none. Raises LedgerError for either."""
-    rows = parse(text)
-    previous = rows[-1].row_sha256 if rows else GENESIS
-    result = (text or HEADER + "\n") + format_row(row, previous)
-    parse(result)  # a row that cannot be read back would lock the ledger
-    return result
+def frame(path: Path) -> "pandas.DataFrame":
+    """The ledger at `path` as a DataFrame, a row an experiment: float64 figures, NaN where there is none; `number` and
+    `lineage` int64; the counts Int64; `status`, `regime`, `chip` and `mode` categories; text unescaped. Reads whole
+    lines only, so a row that is just being written is not there yet, and does not verify the chain: `read` does.
+
+    Raises LedgerError where the file is not a ledger.
+    """
+    import pandas
+
+    data = path.read_bytes() if path.exists() else b""
+    whole = data[: data.rfind(b"\n") + 1] or f"{HEADER}\n".encode()
+    if whole[: whole.index(b"\n")] != HEADER.encode():
+        raise LedgerError(f"{path.name}:1: not the header that the judge writes; restore the file from git")
+    options: Any = {"dtype": _dtypes(), "keep_default_na": False, "na_values": _NO_FIGURE, "quoting": csv.QUOTE_NONE}
+    try:
+        table = pandas.read_csv(io.BytesIO(whole), sep="\t", **options)
+    except (ValueError, UnicodeDecodeError) as error:
+        raise LedgerError(f"{path.name}: {error}; restore the file from git") from None
+    for name in ("note", "reason", "workloads"):
+        table[name] = table[name].map(unescape).astype(object)
+    return table
 
 
-def write(path: Path, text: str) -> None:
-    """Replaces the file as a whole, durably: a reader sees the old text or the new."""
+_CATEGORIES = ("status", "regime", "chip", "mode")
+_NO_FIGURE = {name: [""] for name, kind in _TYPES.items() if "None" in kind}
+
+
+def _dtypes() -> dict[str, str]:
+    kinds = {"int": "int64", "int | None": "Int64", "float | None": "float64", "str": "object"}
+    return {name: "category" if name in _CATEGORIES else kinds[kind] for name, kind in _TYPES.items()}
+
+
+def next_line(row: Row, previous_sha256: str) -> str:
+    """The line to append after the row with that hash. Raises LedgerError for a row that could not be read back."""
+    line = format_row(row, previous_sha256)
+    parse_row(line[:-1], f"row {row.number}")
+    return line
+
+
+def append(path: Path, line: str) -> int:
+    """Appends a line durably, the header first where there is no ledger yet; returns the line's offset."""
+    with path.open("ab", buffering=0) as file:
+        start = file.tell()
+        header = "" if start else f"{HEADER}\n"
+        try:
+            _write_all(file, (header + line).encode())
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(start)
+            raise
+    return start + len(header)
+
+
+def _write_all(file: io.FileIO, data: bytes) -> None:
+    while data:
+        data = data[file.write(data) :]
+
+
+def torn_tail(path: Path) -> bytes:
+    """What follows the last line end: nothing, where every line is whole. Reads the end of the file only."""
+    tail = b""
+    with path.open("rb") as file:
+        position = file.seek(0, os.SEEK_END)
+        while position and b"\n" not in tail:
+            start = max(0, position - (1 << 16))
+            file.seek(start)
+            tail = file.read(position - start) + tail
+            position = start
+    return tail[tail.rfind(b"\n") + 1 :]
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Replaces the file as a whole: a reader sees the old content or the new, and so does one after a power cut.
+
+    The file keeps its permissions.
+    """
     partial = path.with_name(f".{path.name}.part")
     with partial.open("wb") as file:
-        file.write(text.encode())
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
+    if path.exists():
+        partial.chmod(path.stat().st_mode)
     os.replace(partial, path)
+    sync_folder(path.parent)
 
 
-def lineage_of(rows: Iterable[Row], chip: str, mode: str) -> int | None:
-    """The newest lineage on this chip in this mode."""
-    return max((row.lineage for row in rows if (row.chip, row.mode) == (chip, mode)), default=None)
+def sync_folder(folder: Path) -> None:
+    """Makes the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def kept(rows: Iterable[Row], lineage: int | None) -> list[Row]:
