@@ -7,7 +7,7 @@ and to have objects and refs on the disk before it answers.
 import hashlib
 import os
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -131,6 +131,16 @@ class Repository:
         blob = self.blob_at(commit, name)
         return self.run("cat-file", "blob", blob) if blob else None
 
+    @property
+    def is_shallow(self) -> bool:
+        return (self.common_folder / "shallow").exists()
+
+    def kinds(self, names: Iterable[str]) -> list[str]:
+        """What each name is to git, all in one question: commit, blob, …, or empty where it is nothing."""
+        asked = "".join(f"{name}\n" for name in names)
+        answers = self.git("cat-file", "--batch-check=%(objecttype)", data=asked.encode()).splitlines()
+        return ["" if answer.endswith(" missing") else answer for answer in answers]
+
     def has_commit(self, commit: str) -> bool:
         return self.ask("cat-file", "-t", commit) == "commit"
 
@@ -148,6 +158,8 @@ class Repository:
         """kernel.py of a commit, as the oracle or the champion."""
         data = self.file_at(commit, KERNEL)
         if data is None:
+            if self.is_shallow and not self.has_commit(commit):
+                raise Refused(f"commit {commit} is not in this shallow clone: git fetch --unshallow")
             raise Refused(f"commit {commit} has no {KERNEL}; git fetch {ARCHIVE} '{REFS}/*:{REFS}/*' may bring it back")
         try:
             return check_source(data, f"{KERNEL} of {commit[:12]}")

@@ -129,18 +129,24 @@ class Transaction:
 
     def _commit_attempt(self, plan: Plan) -> Candidate:
         repository, head = self.repository, self.repository.head
-        cells = {name: getattr(plan, name) for name in Plan.__dataclass_fields__}
-        self.journal.write(Entry(state="prepared", what="experiment", branch=repository.branch, parent=head, **cells))
         data = (repository.folder / KERNEL).read_bytes()
         unchanged = data == repository.file_at(head, KERNEL)
-        if unchanged:
-            commit = repository.git("rev-list", "-1", "HEAD", "--", KERNEL)
-        else:
+        commit = repository.git("rev-list", "-1", "HEAD", "--", KERNEL) if unchanged else ""
+        entry = Entry(
+            state="prepared",
+            what="experiment",
+            branch=repository.branch,
+            parent=head,
+            unchanged=unchanged,
+            ref=self.free_ref(f"{REFS}/{plan.lineage}/{plan.number}", commit),
+            **{name: getattr(plan, name) for name in Plan.__dataclass_fields__},
+        )
+        self.journal.write(entry)
+        if not unchanged:
             commit = repository.commit(head, {KERNEL: repository.write_blob(data)}, plan.note, [head])
-        ref = self.free_ref(f"{REFS}/{plan.lineage}/{plan.number}", commit)
-        self.journal.advance(state="committed", commit=commit, unchanged=unchanged, ref=ref)
-        if ref:
-            repository.git("update-ref", ref, commit)
+        if entry.ref:
+            repository.git("update-ref", entry.ref, commit, "")  # only where there is none
+        self.journal.advance(state="committed", commit=commit)
         return Candidate(commit=commit, parent=head, data=data, unchanged=unchanged)
 
     def free_ref(self, ref: str, commit: str) -> str:
@@ -284,6 +290,10 @@ class Transaction:
         present = blob_id(path)
         if present != wanted and present in ours and wanted:
             ledger.write_durably(path, repository.run("cat-file", "blob", wanted))
+            present = wanted
+        if present == wanted and name == KERNEL:
+            is_executable = repository.git("ls-tree", "HEAD", "--", name).startswith("100755")
+            path.chmod(path.stat().st_mode | 0o111 if is_executable else path.stat().st_mode & ~0o111)
 
     def _forget(self) -> None:
         folder = self._entry.folder
@@ -305,12 +315,16 @@ class Transaction:
         if entry.state in ("judged", "recorded"):
             return f"experiment {entry.number} is judged, the next run finishes recording it"
         try:
-            if entry.ref and self.repository.ask("rev-parse", "-q", "--verify", entry.ref) == entry.commit:
-                self.repository.git("update-ref", "-d", entry.ref, entry.commit)
+            self._drop_ref(entry)
             self._forget()
         except (Refused, OSError):
             return "the next run finishes undoing it"
         return "nothing was recorded"
+
+    def _drop_ref(self, entry: Entry) -> None:
+        """The name was free when the journal took it, so what is there is this attempt's."""
+        if entry.ref and self.repository.ask("rev-parse", "-q", "--verify", entry.ref):
+            self.repository.git("update-ref", "-d", entry.ref)
 
     # --- after a crash ---
 
@@ -341,13 +355,13 @@ class Transaction:
 
     def _recovered(self, entry: Entry) -> str:
         if entry.state == "prepared":
+            self._drop_ref(entry)
             self._forget()
             return f"{entry.what} {entry.number or ''} had hardly begun; nothing was changed".replace("  ", " ")
-        if entry.commit and not self.repository.has_commit(entry.commit):
+        needed = [entry.commit, *(blob for _, blob in entry.files)]
+        if not all(self.repository.ask("cat-file", "-t", name) for name in needed if name):
             self._forget()
-            return (
-                f"the commit of experiment {entry.number} is lost, and the experiment with it; kernel.py is as it was"
-            )
+            return f"what {entry.what} {entry.number or ''} had made is gone from git; kernel.py is as it was"
         if entry.head and self.repository.is_ancestor(entry.head, "HEAD"):
             self.journal.advance(state="recorded")
         else:

@@ -5,10 +5,13 @@ its lock, journal, git and ledger. The stages are replaced in a process that was
 that a user can start ever judges like this.
 """
 
+import hashlib
 import os
 import re
 import signal
 import subprocess
+import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -86,7 +89,7 @@ def judged(transaction, candidate, lineage, index, asked) -> pipeline.Verdict:
 def start(
     folder: Path, note: str, *, before: Callable[[], None] | None = None, wait: bool = True, seconds: float = 0.0
 ) -> int:
-    """Forks an experiment in a session of its own; what it says goes to .git/said. Returns its pid."""
+    """Forks an experiment in a session of its own; `said` has what it says. Returns its pid."""
     pid = os.fork()
     if pid:
         return pid
@@ -95,10 +98,10 @@ def start(
         os.setsid()
         for name in [name for name in os.environ if name.startswith("GIT_")]:
             del os.environ[name]
-        # A worktree's .git is a file.
-        said = os.open(Repository(folder).git_folder / "said", os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
+        said = os.open(_said(folder), os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
         os.dup2(said, 1)
         os.dup2(said, 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")  # not what a test runner put in their place
 
         def judge(*arguments: object) -> pipeline.Verdict:
             time.sleep(seconds)
@@ -130,7 +133,15 @@ def run(folder: Path, note: str, **options) -> int:
 
 
 def said(folder: Path) -> str:
-    return (Repository(folder).git_folder / "said").read_text(errors="replace")
+    return _said(folder).read_text(errors="replace")
+
+
+def _said(folder: Path) -> Path:
+    """Not in the repository: its disk may be full."""
+    return Path(_SAID.name) / hashlib.sha256(bytes(folder)).hexdigest()[:16]
+
+
+_SAID = tempfile.TemporaryDirectory(prefix="fake-judge-")
 
 
 def kill(pid: int, *, with_children: bool) -> int:
