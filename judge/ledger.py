@@ -14,10 +14,10 @@ import io
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from judge.decide import PASS, STATUSES
 
@@ -77,26 +77,25 @@ _HASH = re.compile(r"^[0-9a-f]{64}$")
 _COMMIT = re.compile(r"^[0-9a-f]{40}$")
 
 
-# Lone surrogates, and what moves or hides text on a screen: separators, joiners, direction marks, the BOM.
-_HIDDEN = re.compile("[\ud800-\udfff\u2028\u2029\ufeff\u200b-\u200f\u202a-\u202e\u2066-\u2069]")
+# Control characters, what has a meaning to a table reader, lone surrogates, and what moves or hides text on a screen:
+# separators, joiners, direction marks, the BOM.
+_SPECIAL = re.compile('[\x00-\x1f\x7f-\x9f\\\\"\ud800-\udfff\u2028\u2029\ufeff\u200b-\u200f\u202a-\u202e\u2066-\u2069]')
 
 
 def escape(text: str) -> str:
     """Text on one line, in one cell, with nothing that a terminal or a table reader would act on."""
-    out = []
-    for character in text:
-        code = ord(character)
-        if character in _ESCAPES:
-            out.append(_ESCAPES[character])
-        elif code < 0x20 or 0x7F <= code < 0xA0:
-            out.append(f"\\x{code:02x}")
-        else:
-            out.append(f"\\u{code:04x}" if _HIDDEN.match(character) else character)
-    return "".join(out)
+
+    def replace(match: re.Match[str]) -> str:
+        code = ord(match[0])
+        return _ESCAPES.get(match[0]) or (f"\\x{code:02x}" if code < 0xA0 else f"\\u{code:04x}")
+
+    return _SPECIAL.sub(replace, text)
 
 
 def unescape(text: str) -> str:
     """Inverse of escape."""
+    if "\\" not in text:
+        return text
     plain = {"t": "\t", "n": "\n", "r": "\r"}
 
     def replace(match: re.Match[str]) -> str:
@@ -116,33 +115,58 @@ def format_row(row: Row, previous_sha256: str) -> str:
     """The row's line: row_sha256 is SHA-256 of the previous row's hash and this row's other cells."""
     cells = [_cell(getattr(row, name)) for name in COLUMNS[:-1]]
     body = "\t".join(cells)
-    return body + "\t" + hashlib.sha256(f"{previous_sha256}\t{body}".encode()).hexdigest() + "\n"
+    return f"{body}\t{_chained(previous_sha256, body)}\n"
 
 
 def parse(text: str, name: str = "results.tsv") -> list[Row]:
     """Every row, checked: columns, types, numbering, hash chain. Raises LedgerError with the line number."""
-    if not text:
-        return []
-    lines = text.split("\n")
-    if lines[0] != HEADER:
+    return list(_verified(io.BytesIO(text.encode(errors="surrogatepass")), name))
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of the ledger at `path`, checked; none where there is no file. Raises LedgerError."""
+    return [row for row, _ in located(path)]
+
+
+def located(path: Path) -> Iterator[tuple[Row, int]]:
+    """Each row, checked, with its line's offset, one at a time. Raises LedgerError."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        offset = len(HEADER.encode()) + 1
+        for row in _verified(file, path.name):
+            yield row, offset
+            offset = file.tell()
+
+
+def _verified(lines: IO[bytes], name: str) -> Iterator[Row]:
+    header = lines.readline()
+    if header and header != f"{HEADER}\n".encode():
         raise LedgerError(f"{name}:1: not the header that the judge writes; restore the file from git")
-    if lines.pop() != "":
-        raise LedgerError(f"{name}:{len(lines) + 1}: the last line is cut off; restore the file from git")
-    rows: list[Row] = []
-    previous = GENESIS
-    for number, line in enumerate(lines[1:], 2):
-        row = parse_row(line, f"{name}:{number}")
-        expected = format_row(row, previous)
-        if expected != line + "\n":
+    previous, number = GENESIS, 0
+    while data := lines.readline():
+        number += 1
+        where = f"{name}:{number + 1}"
+        if not data.endswith(b"\n"):
+            raise LedgerError(f"{where}: the last line is cut off; restore the file from git")
+        try:
+            line = data[:-1].decode()
+        except UnicodeDecodeError:
+            raise LedgerError(f"{where}: not UTF-8; restore the file from git") from None
+        row = parse_row(line, where)
+        if row.row_sha256 != _chained(previous, line[: -len(row.row_sha256) - 1]):
             raise LedgerError(
-                f"{name}:{number}: the row's hash does not follow from it and the row before: one was edited, or "
+                f"{where}: the row's hash does not follow from it and the row before: one was edited, or "
                 "a row between them is missing; restore the file from git"
             )
-        if row.number != len(rows) + 1:
-            raise LedgerError(f"{name}:{number}: row number {row.number} where {len(rows) + 1} was expected")
-        rows.append(row)
+        if row.number != number:
+            raise LedgerError(f"{where}: row number {row.number} where {number} was expected")
+        yield row
         previous = row.row_sha256
-    return rows
+
+
+def _chained(previous_sha256: str, body: str) -> str:
+    return hashlib.sha256(f"{previous_sha256}\t{body}".encode()).hexdigest()
 
 
 def parse_row(line: str, where: str) -> Row:
@@ -169,17 +193,6 @@ def parse_row(line: str, where: str) -> Row:
     if not _COMMIT.match(row.commit) or not _HASH.match(row.row_sha256):
         raise LedgerError(f"{where}: commit or row_sha256 is not a hash; restore the file from git")
     return row
-
-
-def read(path: Path) -> list[Row]:
-    """The rows of the ledger at `path`; none where there is no file. Raises LedgerError."""
-    try:
-        return parse(path.read_bytes().decode(), path.name)
-    except FileNotFoundError:
-        return []
-    except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise LedgerError(f"{path.name}:{line}: not UTF-8; restore the file from git") from None
 
 
 def frame(path: Path) -> "pandas.DataFrame":

@@ -7,7 +7,7 @@ other case the ledger is read and verified from its first line, and the index bu
 
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from judge import ledger
@@ -67,27 +67,27 @@ class LedgerIndex:
         end = self._offset(self.count) + len(self._line(self.count)) + 1
         return self.row(self.count).row_sha256 == self.last_sha256 and end == self.path.stat().st_size
 
-    def rebuild(self, rows: Iterable[ledger.Row]) -> None:
-        """Makes the index anew from the ledger's rows, which the caller has verified."""
-        offset = len(ledger.HEADER.encode()) + 1
-        self.count, self.last_sha256 = 0, ledger.GENESIS
+    def rebuild(self) -> None:
+        """Makes the index anew from the ledger, read and verified from its first line. Raises LedgerError."""
         try:
-            self._start_anew()
-            with self._database:
-                for row in rows:
-                    self._insert(row, offset)
-                    offset += len(ledger.format_row(row, self.last_sha256).encode())
-                    self.count, self.last_sha256 = row.number, row.row_sha256
-                self._seal()
+            self._fill()
         except sqlite3.Error:
-            if not self._in_memory():
-                self._database.close()
-                self._remove()
-                self._database = sqlite3.connect(":memory:")
-                self.rebuild(rows)
-            else:
+            if self._in_memory():
                 raise
+            self._database.close()
+            self._remove()
+            self._database = sqlite3.connect(":memory:")
+            self._fill()
         self.is_current = True
+
+    def _fill(self) -> None:
+        self._start_anew()
+        self.count, self.last_sha256 = 0, ledger.GENESIS
+        with self._database:
+            for row, offset in ledger.located(self.path):
+                self._insert(row, offset)
+                self.count, self.last_sha256 = row.number, row.row_sha256
+            self._seal()
 
     def _in_memory(self) -> bool:
         return self._database.execute("PRAGMA database_list").fetchone()[2] == ""

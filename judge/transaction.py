@@ -85,7 +85,9 @@ class Transaction:
             self._set_torn_line_aside(blob)
             if path.exists() and path.stat().st_size > _MANY_BYTES:
                 say(f"reading the whole of {LEDGER}, {path.stat().st_size >> 20} MiB, because it or git's copy changed")
-            index.rebuild(check_ledger(repository))
+            if blob_id(path) != blob:
+                check_ledger(repository)
+            index.rebuild()
         self._index = index
         return index
 

@@ -223,7 +223,7 @@ def indexed(tmp_path):
     path.write_text(ledger_of(*ROWS))
     index = LedgerIndex(path, tmp_path / "cache", "blob")
     assert not index.is_current
-    index.rebuild(ledger.read(path))
+    index.rebuild()
     return index
 
 
@@ -278,7 +278,7 @@ def test_index_that_is_not_the_ledgers_is_not_used(indexed, tmp_path, spoil):
     index = LedgerIndex(indexed.path, tmp_path / "cache", "blob")
     assert not index.is_current
     indexed.path.write_text(text)
-    index.rebuild(ledger.read(indexed.path))
+    index.rebuild()
     assert_lookups(index)
 
 
@@ -290,5 +290,5 @@ def test_index_without_a_place(tmp_path):
     path = tmp_path / "results.tsv"
     path.write_text(ledger_of(*ROWS))
     index = LedgerIndex(path, tmp_path / "none" / "cache", "blob")
-    index.rebuild(ledger.read(path))
+    index.rebuild()
     assert_lookups(index)
