@@ -125,8 +125,8 @@ class Transaction:
             if isinstance(error, OSError):
                 where = f" ({error.filename})" if error.filename else ""
                 raise Refused(f"{error.strerror or error}{where}: {told}; mend that and run it again") from None
-            if isinstance(error, Refused):
-                raise Refused(f"{error}: {told}") from None
+            if isinstance(error, Refused | ledger.LedgerError):
+                raise type(error)(f"{error}: {told}") from None
             raise
 
     def _commit_attempt(self, plan: Plan) -> Candidate:
@@ -198,6 +198,8 @@ class Transaction:
     @contextmanager
     def changing_refs(self, what: str) -> Iterator[None]:
         """For a change of refs that may simply be made again; a kill leaves git's lock files to the next command."""
+        if self.journal.path.exists():
+            raise Refused("an experiment was interrupted: run the next one first, which finishes it")
         self.journal.write(
             Entry(state="prepared", what=what, branch=self.repository.branch, parent=self.repository.head)
         )
@@ -214,6 +216,8 @@ class Transaction:
     def _move(self) -> None:
         """judged → recorded: the ledger's line, its commit, the branch."""
         entry, repository = self._entry, self.repository
+        if repository.branch != entry.branch:
+            raise Refused(f"branch {entry.branch} is not checked out any more")
         tip = repository.head
         if not (entry.head and repository.is_ancestor(entry.head, tip)):
             head = self._committed_row(tip) if entry.row else self._committed_files(tip)
@@ -227,7 +231,8 @@ class Transaction:
     def _committed_row(self, tip: str) -> str:
         """The commit with the ledger's new row: on top of the attempt where that is kept, of the branch where not."""
         repository, index = self.repository, self._index
-        assert index is not None
+        if index is None or not index.is_at(repository.blob_at(tip, LEDGER)):
+            index = self.open_ledger()
         if tip != self._entry.parent:
             self._fit_to(tip)
         entry, row = self._entry, _row_of(self._entry)

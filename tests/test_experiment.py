@@ -259,6 +259,11 @@ def test_archive_clone_audit_and_tampering(story, tmp_path):
     assert done.code == 1
     assert f"results.tsv:5: row 4 (PASS): kept, but commit {slower.commit} is not on the branch" in done.out
 
+    done = project.ratchet("--prune", "1")
+    assert re.search(r"^prune: \d+ attempts' refs removed, 1 left; ", done.out, re.M), done.out + done.err
+    assert project.prepare("--audit").code == 0
+    assert project.prepare("--prune", "-1").code == 2
+
 
 def ledger_row(row, **changes):
     return ledger.Row(**{name: getattr(row, name) for name in ledger.COLUMNS} | changes)

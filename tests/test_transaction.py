@@ -159,6 +159,52 @@ def test_win_over_a_kernel_that_changed_meanwhile_is_not_kept(project):
     assert project.git("status", "--porcelain") == ""
 
 
+@pytest.mark.parametrize("status", ["PASS", "REGRESSION"])
+def test_ledger_that_was_reset_meanwhile(project, status):
+    """Somebody takes the branch back behind the last row while the next one is judged."""
+    attempt(project, 64)
+    project.edit("BLOCK = 64 ", "BLOCK = 16 ")
+    with attempting(project, "second") as (transaction, candidate):
+        project.git("reset", "-q", "--hard", "HEAD~2")
+        transaction.record(replace(row(2, candidate, status), note="second"))
+    assert [(kept.number, kept.note) for kept in project.rows()] == [(1, "second")]
+    assert project.rows()[0].status == ("FAIL_CRASH" if status == "PASS" else status)
+    assert project.git("status", "--porcelain") == ""
+    assert audit(project.folder) == []
+
+
+def test_branch_that_was_left_meanwhile_gets_its_row_later(project):
+    project.edit("BLOCK = 32 ", "BLOCK = 64 ")
+    told = "not checked out any more: experiment 1 is judged, the next run finishes"
+    with pytest.raises(Refused, match=told), attempting(project) as (transaction, candidate):
+        project.git("switch", "-q", "-c", "side")
+        transaction.record(row(1, candidate))
+    assert project.git("status", "--porcelain") == " M kernel.py\n"
+    with pytest.raises(Refused, match="git switch main"), attempting(project):
+        pass
+    project.git("switch", "-q", "main")
+    with pytest.raises(ZeroDivisionError), attempting(project):
+        raise ZeroDivisionError
+    assert [kept.status for kept in project.rows()] == ["PASS"]
+    assert project.git("status", "--porcelain") == ""
+
+
+def test_ledger_changed_by_hand_meanwhile_gets_its_row_later(project):
+    attempt(project, 64)
+    text = project.ledger.read_text()
+    project.edit("BLOCK = 64 ", "BLOCK = 16 ")
+    told = r"results.tsv:3: .*: experiment 2 is judged"
+    with pytest.raises(ledger.LedgerError, match=told), attempting(project) as (transaction, candidate):
+        project.ledger.write_text(text + "my remark\n")
+        transaction.record(row(2, candidate, "REGRESSION"))
+    assert project.ledger.read_text() == text + "my remark\n"
+    project.git("checkout", "-q", "results.tsv")
+    with pytest.raises(ZeroDivisionError), attempting(project):
+        raise ZeroDivisionError
+    assert [kept.status for kept in project.rows()] == ["PASS", "REGRESSION"]
+    assert project.git("status", "--porcelain") == ""
+
+
 def test_failure_of_the_judge_undoes_the_attempt(project):
     project.edit("BLOCK = 32 ", "BLOCK = 64 ")
     before = project.state()
