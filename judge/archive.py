@@ -1,8 +1,5 @@
 """Attempts beyond one clone: experiments.bundle holds every one that the branch does not, thin against the branch."""
 
-import tempfile
-from pathlib import Path
-
 from judge import ledger
 from judge.lock import Refused
 from judge.repository import ARCHIVE, LEDGER, REFS, Repository
@@ -19,10 +16,10 @@ def archive(transaction: Transaction) -> str:
         raise Refused("nothing to archive: the branch has every experiment's commit")
     if packed(repository) == refs:
         return f"{ARCHIVE} has all {len(refs)} attempts already"
-    with tempfile.TemporaryDirectory(prefix="ratchet-bundle-") as folder:
-        path = Path(folder) / ARCHIVE
-        repository.git("bundle", "create", "-q", str(path), f"--glob={REFS}/*", "^HEAD")
-        data = path.read_bytes()
+    path = repository.scratch / ARCHIVE  # one that a kill leaves is written over
+    repository.git("bundle", "create", "-q", str(path), f"--glob={REFS}/*", "^HEAD")
+    data = path.read_bytes()
+    path.unlink()
     transaction.commit_files("archive", {ARCHIVE: data}, f"archive of {len(refs)} attempts")
     return f"{len(refs)} attempts that the branch does not hold are in {ARCHIVE}, {len(data)} bytes"
 
