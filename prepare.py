@@ -18,10 +18,13 @@ import traceback
 from pathlib import Path
 
 from judge import contract, experiment, explain, pipeline, profile, report_lines
+from judge.archive import archive, prune
 from judge.audit import audit
 from judge.chips import CHIPS, DEFAULT_CHIP, load_chip
 from judge.ledger import LedgerError
-from judge.transaction import Refused, Repository, exclusive
+from judge.lock import Refused
+from judge.repository import Repository
+from judge.transaction import Transaction
 
 ROOT = Path(__file__).resolve().parent
 
@@ -38,6 +41,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--new-baseline", metavar="WHY", help="start a lineage with kernel.py as it is")
     what.add_argument("--audit", action="store_true", help="verify ledger and git; exit 1 with the rows named if not")
     what.add_argument("--archive", action="store_true", help="pack every attempt into experiments.bundle and commit it")
+    what.add_argument(
+        "--prune",
+        metavar="N",
+        type=int,
+        help="archive, then drop the refs of all attempts but the last N: branch and bundle still have them",
+    )
     what.add_argument(
         "--explain",
         action="store_true",
@@ -72,15 +81,21 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--trace-limit", metavar="S", type=float, default=120.0, help="seconds to import and trace; default 120"
     )
+    parser.add_argument(
+        "--no-wait", action="store_true", help="where another experiment runs in the repository, say so and end"
+    )
     parser.add_argument("--device", choices=("tpu", "cpu"), default="tpu", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     chosen = [options.experiment is not None, options.new_baseline is not None, options.audit, options.archive]
+    chosen.append(options.prune is not None)
     if sum([options.dry_run, options.explain, *chosen]) > 1:
-        parser.error("choose one of --dry-run, --experiment, --new-baseline, --audit, --archive, --explain")
+        parser.error("choose one of --dry-run, --experiment, --new-baseline, --audit, --archive, --prune, --explain")
     if options.explain and (options.mode == "chip" or options.device != "tpu"):
         parser.error("--explain reads the predicted run: --mode chip and --device have nothing for it")
     if any(chosen) and (options.workload or options.device != "tpu"):
         parser.error("--workload and --device are for dry runs: an experiment is judged on everything")
+    if options.prune is not None and options.prune < 0:
+        parser.error("--prune N: how many attempts' refs to leave, 0 or more")
     if not options.trace_limit > 0:
         parser.error("--trace-limit must be positive")
     return options
@@ -144,9 +159,13 @@ def run(options: argparse.Namespace) -> int:
         return 1 if findings else 0
     if options.explain:
         return explain_run(options)
-    if options.archive:
-        with exclusive(ROOT):
-            print(f"archive: {Repository(ROOT).archive()}")
+    if options.archive or options.prune is not None:
+        repository = Repository(ROOT)
+        with repository.exclusive("archive" if options.archive else "prune", wait=not options.no_wait):
+            transaction = Transaction(repository)
+            print(
+                f"archive: {archive(transaction)}" if options.archive else f"prune: {prune(transaction, options.prune)}"
+            )
         return 0
     if options.experiment is None and options.new_baseline is None:
         return dry_run(options)
@@ -160,6 +179,7 @@ def run(options: argparse.Namespace) -> int:
             deep=options.deep,
             limits=pipeline.Limits(trace_seconds=options.trace_limit),
             keep=options.keep,
+            wait=not options.no_wait,
         ),
     )
     print("\n".join(outcome.lines))

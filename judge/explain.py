@@ -14,14 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from judge import contract, decide, ledger, pipeline
+from judge.archive import unpack
 from judge.chips import Chip
 from judge.compile import op_of_dump
 from judge.llo.execute import Execution
 from judge.llo.issue import CAUSES
 from judge.llo.module import ModuleCost, OpCost
 from judge.llo.parse import Dump, ParseError, parse_allocations, parse_dump, parse_utilization
+from judge.lock import Refused
+from judge.repository import KERNEL, LEDGER, Repository
 from judge.roofline import Figures
-from judge.transaction import LEDGER, Refused, Repository
+from judge.transaction import Transaction
 
 NO_SOURCE = "no source line (pipeline, compiler)"
 XLA_OPS = "XLA ops"
@@ -499,12 +502,14 @@ def last_experiment(folder: Path, chip: str) -> Subject:
     if row is None:
         raise Refused(f"{LEDGER} has no experiment in model mode on {chip}: run ./ratchet.sh first, or name a --kernel")
     if not repository.has_commit(row.commit):
-        repository.unpack_archive()
+        with repository.exclusive("explain"):
+            unpack(Transaction(repository))
     before = [other for other in ledger.kept(rows, row.lineage) if other.number < row.number]
     champion = next((other for other in reversed(before) if other.commit != row.commit), None)
-    source = contract.check_source(
-        repository.file_at(row.commit, "kernel.py") or b"", f"kernel.py of {row.commit[:12]}"
-    )
+    data = repository.file_at(row.commit, KERNEL)
+    if data is None:
+        raise Refused(f"the commit of row {row.number}, {row.commit}, is not here: name a --kernel")
+    source = contract.check_source(data, f"{KERNEL} of {row.commit[:12]}")
     return Subject(
         name=f"experiment {row.number} ({row.commit[:12]}, {row.status}): {row.note}"[:_WIDTH],
         source=source,
@@ -515,13 +520,20 @@ def last_experiment(folder: Path, chip: str) -> Subject:
     )
 
 
+def _newest_lineage(rows: list[ledger.Row], chip: str) -> int | None:
+    """The newest on this chip in model mode that has a baseline."""
+    mine = [row.lineage for row in rows if (row.chip, row.mode, row.status) == (chip, "model", "PASS")]
+    return max(mine, default=None)
+
+
 def kernel_file(folder: Path, path: Path, chip: str) -> Subject:
     """The file at `path`, against the newest champion of the same problem on this chip. Raises ContractError."""
     source = contract.read_source(path)
     alone = Subject(name=str(path), source=source, sealed=source)
     try:
         repository, rows = Repository(folder), ledger.read(folder / LEDGER)
-        row = next(reversed(ledger.kept(rows, ledger.lineage_of(rows, chip, "model"))), None)
+        newest = max((row.lineage for row in rows if (row.chip, row.mode) == (chip, "model")), default=None)
+        row = next(reversed(ledger.kept(rows, newest)), None)
         champion = repository.source_at(row.commit) if row else None
     except (Refused, ledger.LedgerError) as error:
         return replace(alone, note=f"not compared: {error}")

@@ -54,16 +54,19 @@ _CLASSES: tuple[tuple[str, str], ...] = (
     ("pattern", r"vset\.pattern"),
     ("permute", r"(vperm|vrot|vbcast)\.(lane|xlu|[a-z0-9.]*xlu)"),
     ("load", r"vld"),
-    ("mask", r"(vcmp|vcmask|vm(and|or|xor|mov|neg|nand|nor|pack)|vmpack|vnez|vweird|vlaneseq|vmask|vc\.u32)"),
+    ("mask", r"(vcmp|vcmask|vm(and|or|xor|mov|neg|nand|nor|packc?)|vmpackc?|vnez|vweird|vlaneseq|vmask|vc\.u32)"),
     ("move", r"(vsel|vmov|vstv|vimm|vrng|vsublane|vlane)"),
     (
         "valu",
-        r"v(add|sub|mul|max|min|and|or|xor|shl|shr|shra|shll|shrl|cvt|pack|unpack|rot\.slane|perm\.slane|clz|popcnt|"
-        r"pcnt|ceil|floor|round|clamp|abs|neg|not|combine|trunc|exponent|significand|compose|mantissa|expo|sign|rem|"
+        r"v(addc?|sub|mul(?:hi)?|max|min|and|or|xor|shl|shr|shra|shll|shrl|cvtr?|pack|unpack|rot\.slane|perm\.slane|clz|popcnt|"
+        r"pcnt|ceil|floor|round|clamps?|abs|neg|not|combine|trunc|exponent|significand|compose|mantissa|expo|sign|rem|"
         r"div|fma|mac|mad|bcast|shuf|ror|rol|relu|avg|sad|dup|ins|ext|move|copy|nan|is|bit|xnor|bfi|bfe)",
     ),
 )
-_CLASS_OF = tuple((name, re.compile(pattern)) for name, pattern in _CLASSES)
+_WHOLE = ("valu", "move", "mask", "load", "matmul", "matprep", "pushprep", "vpush", "pattern")  # names of families
+_CLASS_OF = tuple(
+    (name, re.compile(f"(?:{pattern})(?=[.-]|$)" if name in _WHOLE else pattern)) for name, pattern in _CLASSES
+)
 _REGISTER = re.compile(r"%\w*?_((?:s|p|vm|v)\d+)\b")
 _MAX_QUEUE = 4096  # far more than any result queue holds
 _GUARD = re.compile(r"\(!?%\w+_p\d+\)")
@@ -230,7 +233,10 @@ class Issue:
         return run
 
     def stalls(self) -> Counter[tuple[int, str]]:
-        """(bundle, cause) → cycles that it came later than the bundle before it allows, over all runs so far."""
+        """(bundle, cause) → cycles that it came later than the bundle before it allows, over all runs so far.
+
+        An empty bundle in a branch's delay counts as a cycle of "branch", not as a bundle that issued.
+        """
         total: Counter[tuple[int, str]] = Counter()
         for _, run in self.runs:
             for address, cause, cycles in run.stalls:
@@ -348,7 +354,7 @@ def _matmul(issue: Issue, slot: Slot, kind: str, unit: str, draft: _Draft) -> No
     draft.needs.append((f"{unit}.matmul", "MXU"))
     draft.leaves.append((f"{unit}.matmul", machine.cadence(f"matmul_{dtype}"), "MXU"))
     if ".vlgmr" in slot.opcode:  # takes the weights that were pushed
-        draft.needs.append((f"{unit}.weights", "MXU"))
+        draft.needs.append((f"{unit}.{_staging(slot.opcode)}", "MXU"))
     after, spacing = machine.latency(f"matmul_{dtype}"), machine.cadence(f"mxu_pop_{dtype}")
     buffer = _MRB.search(slot.rest)
     if buffer is None:
@@ -368,11 +374,16 @@ def _mxu_pop(issue: Issue, slot: Slot, kind: str, unit: str, draft: _Draft) -> N
         draft.leaves.append((slot.register, issue.machine.latency("pop"), "MXU"))
 
 
+def _staging(opcode: str) -> str:
+    """Which of the two staging registers weights go to or come from."""
+    return "msrb" if ".msrb" in opcode else "msra"
+
+
 def _push(issue: Issue, slot: Slot, kind: str, unit: str, draft: _Draft) -> None:
     machine = issue.machine
     dtype = ("xpose_" if ".xpose" in slot.opcode else "") + _dtype(slot.opcode)
     draft.needs.append((f"{unit}.push", "MXU"))
-    draft.leaves.append((f"{unit}.weights", machine.latency(f"push_{dtype}"), "MXU"))
+    draft.leaves.append((f"{unit}.{_staging(slot.opcode)}", machine.latency(f"push_{dtype}"), "MXU"))
     if machine.pushes_pairs:
         draft.shifts.append((f"{unit}.push", machine.cadence(f"push_{dtype}")))
     else:

@@ -46,7 +46,7 @@ class Machine:
 
     def results_per_matmul(self, dtype: str) -> int:
         """Result registers that one vmatmul fills where they are addressed."""
-        return {"bf16": 4, "f32": 2}.get(dtype, 4)
+        return {"bf16": 4, "f32": 2, "fp8": 8, "int8": 8, "int4": 16}[dtype]
 
 
 RULES = ("calibrated", "compiler")

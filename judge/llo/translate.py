@@ -167,6 +167,8 @@ class Translator:
                 block.lines.append(f"taken = {self._arguments(bundle, here)[0] or True}")
                 remaining = self._delay_slots(address)
             waits, lines = self._bundle(bundle)
+            if waits and here is not None:
+                raise self._unknown(bundle, here, "branch beside a wait")
             # Merged empty bundles stand for as many cycles as the delay has left.
             gap = self.machine.branch_delay_bundles - len(remaining) if here and self.machine.rule != "compiler" else 0
             block.add(address, lines, waits=waits, gap=gap, delay=branch is not None and not bundle.slots)
@@ -216,7 +218,7 @@ class Translator:
         if slot.opcode not in _WAITS:
             raise self._unknown(bundle, slot, "sync instruction")
         flag, count = (self._value(bundle, slot, text) for text in arguments[:2])
-        return f"{f'if {predicate}: ' if predicate else ''}u = M.wait({flag}, {count}, @, {bundle.address})"
+        return f"{f'if {predicate}: ' if predicate else ''}u = max(u, M.wait({flag}, {count}, @, {bundle.address}))"
 
     def _slot(self, bundle: Bundle, slot: Slot) -> Iterator[tuple[str, str, str]]:
         """(kind, register, text) of one slot: "value" an expression for a register, "effect" a statement, "before" a
