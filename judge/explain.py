@@ -401,15 +401,17 @@ def _dma_rows(one: Explanation) -> list[str]:
 
 
 def _change_rows(one: Explanation, before: Explanation) -> list[str]:
-    """Figures that changed, the largest change of cycles first."""
+    """Figures that changed: the cycles, then by how large the change is against the larger of the two."""
     changed = changes(one, before)
     if not changed:
         return _row("changed", "nothing: the same figures as the champion's")
-    by_size = sorted(
-        changed, key=lambda name: -abs(changed[name][1] - changed[name][0]) * (name.endswith("cycles") or 1e-12)
-    )
-    parts = [f"{name} {changed[name][0]:,.4g} → {changed[name][1]:,.4g}" for name in by_size[:8]]
-    return _row("changed", ", ".join(parts[:4])) + (_row("", ", ".join(parts[4:])) if parts[4:] else [])
+    order = sorted(changed, key=lambda name: (name != "cycles", -_relative(changed[name])))
+    parts = [f"{name} {changed[name][0]:,.4g} → {changed[name][1]:,.4g}" for name in order[:9]]
+    return [line for i in range(0, len(parts), 3) for line in _row("" if i else "changed", ", ".join(parts[i : i + 3]))]
+
+
+def _relative(pair: tuple[float, float]) -> float:
+    return abs(pair[1] - pair[0]) / max(map(abs, pair))
 
 
 def _row(label: str, text: str) -> list[str]:
