@@ -5,8 +5,8 @@
 
 libtpu's static profile lists the critical path of a kernel, a line a bundle with the cycles left to the end. Where a
 line reads the result of the one before, the difference of the two is that result's latency, or more; between two
-instructions of one unit it is the unit's cadence, or more; between a copy and its wait, the copy's time. The least of
-each over the corpus is compared with the committed number. `--fresh` compiles the corpus anew, as after an update.
+instructions of one unit it is the unit's cadence, or more; between a copy and its wait, the copy's time. What each is
+most often over the corpus is compared with the committed number. `--fresh` compiles the corpus anew, for a new libtpu.
 Exit code 1 where a number disagrees. What no critical path shows (result queues of the MXU, waits that are satisfied)
 is not derived; `inferred` and `measured` numbers are not the compiler's and are not looked at.
 """
@@ -91,8 +91,8 @@ def probe(chip: str, paths: Iterable[Path]) -> list[Finding]:
     for table in ("latency", "cadence"):
         for name, number in data[table].items():
             found = seen.get(f"{table}.{name}", Counter())
-            often = [cycles for cycles, count in found.items() if count >= ENOUGH]
-            derived = min(often) if often else None
+            often = [(count, -cycles) for cycles, count in found.items() if count >= ENOUGH]
+            derived = -max(often)[1] if often else None  # other delays scatter, the number itself repeats
             committed = number["value"]
             findings.append(
                 Finding(
