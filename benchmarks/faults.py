@@ -89,16 +89,7 @@ def pairs(count: int, place: Path) -> None:
         if number % AFRESH == 0:
             folder, reported = fake.make_repository(place / f"pairs {number}"), {}
             reported["baseline"] = fake.run(folder, "baseline")
-        pids = {}
-        for name in ("a", "b"):
-            fake.edit(folder, 64 + 10 * number + (name == "b"), f" {name}")
-            pids[f"{name} {number}"] = fake.start(folder, f"{name} {number}")
-        codes = {note: fake.end(pid) for note, pid in pids.items()}
-        assert set(codes.values()) <= {0, 1, 2}, codes
-        refused += list(codes.values()).count(2)
-        reported |= {note: code for note, code in codes.items() if code < 2}
-        fake.check(folder, reported, edited=True)
-        fake.git(folder, "checkout", "-q", "kernel.py")
+        refused += fake.two_at_once(folder, number, reported)
         show("two loops at once", number + 1, count)
     print(f"two loops at once {count} times: {2 * count - refused} rows, {refused} told that kernel.py had changed")
 

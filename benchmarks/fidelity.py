@@ -44,10 +44,14 @@ DISPATCH_MS = 0.11
 # differ by a factor of four (fa-2 against fa-2-wide and fa-2-column).
 SOURCE_UNKNOWN = ("fa",)
 # Kernels whose estimate by libtpu is not of what the bundles do.
-NOT_COMPARABLE = {
-    r"ring_": "libtpu takes copies on flags of a ring for copies on one flag, and so in turn",
-    r"gather_(row|table|carried)$": "libtpu's trace leaves out delay bundles whose slots are all predicated",
-}
+NOT_COMPARABLE = (  # (chips, names, why)
+    (CHIPS, r"ring_", "libtpu takes copies on flags of a ring for copies on one flag, and so in turn"),
+    (
+        ("tpu7x",),
+        r"gather_(row|table|carried)$",
+        "libtpu's trace leaves out delay bundles whose slots are all predicated",
+    ),
+)
 BOUNDS = {"mean": 0.02, "worst": 0.08, "median": 0.10, "largest": 0.25}
 
 
@@ -118,7 +122,7 @@ def micro(chip: str, only: str) -> list[Row]:
             continue
         kind = json.loads((folder.parent / "kernel.json").read_text())["kind"]
         estimates = json.loads(folder.read_text())
-        remark = next((why for pattern, why in NOT_COMPARABLE.items() if comparable_not(pattern, name, chip)), "")
+        remark = next((why for chips, names, why in NOT_COMPARABLE if chip in chips and re.match(names, name)), "")
         for op in cost(folder.parent, chip, "compiler").ops:
             if op.is_kernel and estimates.get(op.op.name):
                 rows.append(
@@ -134,10 +138,6 @@ def micro(chip: str, only: str) -> list[Row]:
                     )
                 )
     return rows
-
-
-def comparable_not(pattern: str, name: str, chip: str) -> bool:
-    return bool(re.match(pattern, name)) and (chip == "tpu7x" or not pattern.startswith("gather"))
 
 
 def published(chip: str, only: str) -> list[Row]:

@@ -218,3 +218,20 @@ def check(folder: Path, reported: dict[str, int], *, edited: bool = False) -> No
     assert (folder / "mine.txt").read_text() == "tracked\n"
     locks = [path for path in (folder / ".git").rglob("*.lock") if path.name != "ratchet.lock"]
     assert locks == [], locks
+
+
+def two_at_once(folder: Path, number: int, reported: dict[str, int]) -> int:
+    """Two loops in one folder, each with an edit of its own. Checks what they leave, adds to `reported`, note → code.
+
+    Returns how many were told that kernel.py had changed meanwhile, and recorded nothing.
+    """
+    pids = {}
+    for name in ("a", "b"):
+        edit(folder, 64 + 10 * number + (name == "b"), f" {name}")
+        pids[f"{name} {number}"] = start(folder, f"{name} {number}")
+    codes = {note: end(pid) for note, pid in pids.items()}
+    assert set(codes.values()) <= {0, 1, 2}, codes
+    reported |= {note: code for note, code in codes.items() if code < 2}
+    check(folder, reported, edited=True)
+    git(folder, "checkout", "-q", "kernel.py")
+    return list(codes.values()).count(2)

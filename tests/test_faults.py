@@ -290,18 +290,9 @@ def test_torn_last_line_is_set_aside(folder, cut):
 
 def test_two_loops_at_once(folder):
     """Five times here; benchmarks/faults.py does it a hundred times."""
-    reported, refused = dict(REPORTED), 0
+    reported = dict(REPORTED)
     for number in range(5):
-        pids = {}
-        for name in ("a", "b"):
-            fake.edit(folder, 64 + 10 * number + (name == "b"), f" {name}")
-            pids[f"{name} {number}"] = fake.start(folder, f"{name} {number}")
-        codes = {note: fake.end(pid) for note, pid in pids.items()}
-        assert set(codes.values()) <= {0, 1, 2}, codes
-        refused += list(codes.values()).count(2)
-        reported |= {note: code for note, code in codes.items() if code < 2}
-        fake.check(folder, reported, edited=True)
-        fake.git(folder, "checkout", "-q", "kernel.py")
+        fake.two_at_once(folder, number, reported)
     assert len(reported) >= len(REPORTED) + 5
 
 
