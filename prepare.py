@@ -2,8 +2,8 @@
 """The judge's command: judges a kernel file and prints what it found.
 
 ./ratchet.sh runs it for an experiment; `--dry-run` judges any file that follows the contract, outside git and ledger;
-`--audit` verifies ledger and git. Exit code 0: kept, or PASS in a dry run; 1: a candidate that is not kept; 2: the
-tool could not judge.
+`--audit` verifies ledger and git; `--explain` says where a kernel's cycles go. Exit code 0: kept, PASS in a dry run, or
+explained; 1: a candidate that is not kept, or gives nothing to explain; 2: the tool could not judge.
 """
 
 import sys
@@ -20,11 +20,14 @@ import signal
 import traceback
 from pathlib import Path
 
-from judge import containment, contract, experiment, identity, pipeline, profile, report_lines
+from judge import containment, contract, experiment, explain, identity, pipeline, profile, report_lines
+from judge.archive import archive, prune
 from judge.audit import audit, rejudge
 from judge.chips import CHIPS, DEFAULT_CHIP, load_chip
 from judge.ledger import LedgerError
-from judge.transaction import Refused, Repository, exclusive
+from judge.lock import Refused
+from judge.repository import Repository
+from judge.transaction import Transaction
 
 ROOT = identity.root_of(Path(__file__))  # the project, also where this is the judge's copy of itself
 
@@ -41,7 +44,21 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--new-baseline", metavar="WHY", help="start a lineage with kernel.py as it is")
     what.add_argument("--audit", action="store_true", help="verify ledger and git; exit 1 with the rows named if not")
     what.add_argument("--archive", action="store_true", help="pack every attempt into experiments.bundle and commit it")
-    parser.add_argument("--kernel", metavar="FILE", type=Path, default=ROOT / "kernel.py", help="the file of a dry run")
+    what.add_argument(
+        "--prune",
+        metavar="N",
+        type=int,
+        help="archive, then drop the refs of all attempts but the last N: branch and bundle still have them",
+    )
+    what.add_argument(
+        "--explain",
+        action="store_true",
+        help="where the cycles of the last experiment go, or those of --kernel FILE, and what\n"
+        "changed against the champion; predicted, without the check of correctness",
+    )
+    parser.add_argument(
+        "--kernel", metavar="FILE", type=Path, help="the file of a dry run (default kernel.py) or to explain"
+    )
     parser.add_argument("--chip", default=DEFAULT_CHIP, help=f"one of {', '.join(CHIPS)}; default {DEFAULT_CHIP}")
     parser.add_argument(
         "--mode",
@@ -51,7 +68,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "auto: chip where one is attached, else model",
     )
     parser.add_argument(
-        "--workload", metavar="NAME", action="append", default=[], help="only this one (dry run; repeatable)"
+        "--workload",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="only this one (dry run or --explain; repeatable)",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     parser.add_argument(
@@ -64,6 +85,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--trace-limit", metavar="S", type=float, default=120.0, help="seconds to import and trace; default 120"
     )
     parser.add_argument(
+        "--no-wait", action="store_true", help="where another experiment runs in the repository, say so and end"
+    )
+    parser.add_argument(
         "--require-sandbox",
         action="store_true",
         help="exit 2 where this machine lacks what contains a kernel file,\ninstead of saying so and going on",
@@ -74,10 +98,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("tpu", "cpu"), default="tpu", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     chosen = [options.experiment is not None, options.new_baseline is not None, options.audit, options.archive]
-    if sum([options.dry_run, *chosen]) > 1:
-        parser.error("choose one of --dry-run, --experiment, --new-baseline, --audit, --archive")
+    chosen.append(options.prune is not None)
+    if sum([options.dry_run, options.explain, *chosen]) > 1:
+        parser.error("choose one of --dry-run, --experiment, --new-baseline, --audit, --archive, --prune, --explain")
+    if options.explain and (options.mode == "chip" or options.device != "tpu"):
+        parser.error("--explain reads the predicted run: --mode chip and --device have nothing for it")
     if any(chosen) and (options.workload or options.device != "tpu"):
         parser.error("--workload and --device are for dry runs: an experiment is judged on everything")
+    if options.prune is not None and options.prune < 0:
+        parser.error("--prune N: how many attempts' refs to leave, 0 or more")
     if options.rejudge < 0 or (options.rejudge and not options.audit):
         parser.error("--rejudge N goes with --audit, N at least 1")
     if not options.trace_limit > 0:
@@ -86,11 +115,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def dry_run(options: argparse.Namespace) -> int:
-    """Judges options.kernel against itself; prints the summary."""
-    chip = load_chip(options.chip)
+    """Judges the file against itself; prints the summary."""
+    chip, kernel = load_chip(options.chip), options.kernel or ROOT / "kernel.py"
     mode = experiment.resolve_mode(options.mode, options.device)
     try:
-        source = contract.read_source(options.kernel)
+        source = contract.read_source(kernel)
     except contract.ContractError as error:
         verdict = pipeline.Verdict(status="FAIL_CONTRACT", mode=mode, chip=chip.name, reason=str(error))
     else:
@@ -107,7 +136,7 @@ def dry_run(options: argparse.Namespace) -> int:
         with pipeline.private_folder(options.keep) as folder:
             judging = pipeline.Judging(task, folder, pipeline.print_progress)
             verdict = judging.run()
-            profile.save(ROOT, f"dry-{chip.name}-{options.kernel.stem}", judging, verdict)
+            profile.save(ROOT, f"dry-{chip.name}-{kernel.stem}", judging, verdict)
     print("\n".join(report_lines.summary(verdict)))
     if options.json:
         print(json.dumps(verdict.as_json()))
@@ -123,6 +152,27 @@ def check_machine(*, required: bool) -> None:
         pipeline.print_progress(f"note: this machine does not offer {lacks}")
 
 
+def explain_run(options: argparse.Namespace) -> int:
+    """Explains options.kernel, or the last experiment; prints the report."""
+    chip = load_chip(options.chip)
+    try:
+        if options.kernel is None:
+            subject = explain.last_experiment(ROOT, chip.name)
+        else:
+            subject = explain.kernel_file(ROOT, options.kernel, chip.name)
+    except contract.ContractError as error:
+        print(f"status: FAIL_CONTRACT\nreason: {error}")
+        if options.json:
+            print(json.dumps({"status": "FAIL_CONTRACT", "chip": chip.name, "reason": str(error)}))
+        return 1
+    limits = pipeline.Limits(trace_seconds=options.trace_limit)
+    report = explain.run(subject, chip, tuple(options.workload), limits)
+    print("\n".join(report.lines()))
+    if options.json:
+        print(report.as_json())
+    return 0 if report.workloads else 1
+
+
 def run(options: argparse.Namespace) -> int:
     identity.check(ROOT)
     load_chip(options.chip)
@@ -135,9 +185,15 @@ def run(options: argparse.Namespace) -> int:
             findings = rejudge(ROOT, options.rejudge, pipeline.print_progress)
         print("\n".join(findings) or "audit: ledger and git agree")
         return 1 if findings else 0
-    if options.archive:
-        with exclusive(ROOT):
-            print(f"archive: {Repository(ROOT).archive()}")
+    if options.explain:
+        return explain_run(options)
+    if options.archive or options.prune is not None:
+        repository = Repository(ROOT)
+        with repository.exclusive("archive" if options.archive else "prune", wait=not options.no_wait):
+            transaction = Transaction(repository)
+            print(
+                f"archive: {archive(transaction)}" if options.archive else f"prune: {prune(transaction, options.prune)}"
+            )
         return 0
     if options.experiment is None and options.new_baseline is None:
         return dry_run(options)
@@ -151,6 +207,7 @@ def run(options: argparse.Namespace) -> int:
             deep=options.deep,
             limits=pipeline.Limits(trace_seconds=options.trace_limit),
             keep=options.keep,
+            wait=not options.no_wait,
         ),
     )
     print("\n".join(outcome.lines))

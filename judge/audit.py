@@ -4,10 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from judge import ledger, pipeline
+from judge.archive import unpack
 from judge.chips import load_chip
 from judge.decide import PASS
 from judge.identity import judge_sha256
-from judge.transaction import LEDGER, Refused, Repository
+from judge.lock import Refused
+from judge.repository import KERNEL, LEDGER, Repository
+from judge.transaction import Transaction, check_ledger
 
 CHIP_NOISE = 0.1  # of a measured time, between one day and another
 
@@ -20,20 +23,26 @@ def audit(folder: Path) -> list[str]:
         return [str(error)]
     try:
         repository = Repository(folder)
-        repository.unpack_archive()
-        repository.ledger_text()
-    except Refused as error:
+        if not all(kind == "commit" for kind in repository.kinds(row.commit for row in rows)):
+            with repository.exclusive("audit"):
+                unpack(Transaction(repository))
+        check_ledger(repository)
+    except (Refused, ledger.LedgerError) as error:
         return [str(error)]
     findings = []
     champions: dict[int, float] = {}
-    for line, row in enumerate(rows, 2):
+    commits = repository.kinds(row.commit for row in rows)
+    kernels = repository.kinds(f"{row.commit}:{KERNEL}" for row in rows)
+    branch = set(repository.git("rev-list", "HEAD").splitlines())
+    where_else = "git fetch --unshallow may bring it" if repository.is_shallow else "nor in the archive"
+    for line, (row, commit, kernel) in enumerate(zip(rows, commits, kernels, strict=True), 2):
         where = f"{LEDGER}:{line}: row {row.number} ({row.status})"
-        if not repository.has_commit(row.commit):
-            findings.append(f"{where}: commit {row.commit} does not exist here, nor in the archive")
-        elif row.status == "PASS" and not repository.is_on_branch(row.commit):
+        if commit != "commit":
+            findings.append(f"{where}: commit {row.commit} does not exist here, {where_else}")
+        elif row.status == "PASS" and row.commit not in branch:
             findings.append(f"{where}: kept, but commit {row.commit} is not on the branch")
-        elif repository.file_at(row.commit, "kernel.py") is None:
-            findings.append(f"{where}: commit {row.commit} has no kernel.py")
+        elif kernel != "blob":
+            findings.append(f"{where}: commit {row.commit} has no {KERNEL}")
         if row.status == "PASS":
             if row.score is None:
                 findings.append(f"{where}: kept without a score")

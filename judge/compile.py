@@ -30,11 +30,22 @@ def program_sha256(folder: Path) -> str:
         if "schedule-analysis" in dump.name:
             continue
         digest.update(op_of_dump(dump).encode() + b"\0")
-        digest.update(re.sub(r"/\*.*?\*/", "", dump.read_text(), flags=re.S).encode())
+        digest.update(_without_comments(dump.read_text()).encode())
     hlo = re.sub(r", (metadata|backend_config)=\{.*", "", (folder / "hlo.txt").read_text())
     entry = hlo[hlo.find("\n%") :]
     digest.update(re.sub(r"#.*|\"[^\"]*\"", "", entry).encode())
     return digest.hexdigest()
+
+
+def _without_comments(text: str) -> str:
+    """The code of a dump: comments, which nest, taken out, and the runs of blanks that they leave."""
+    code, depth = [], 0
+    for piece in re.split(r"(/\*|\*/)", text):
+        if piece in ("/*", "*/"):
+            depth += 1 if piece == "/*" else -1
+        elif depth == 0:
+            code.append(piece)
+    return " ".join("".join(code).split())
 
 
 def op_of_dump(path: Path) -> str:
@@ -112,7 +123,8 @@ def main() -> None:
     jax_shims.set_environment()
     Path(request["dump"]).mkdir(parents=True, exist_ok=True)
     os.environ["LIBTPU_INIT_ARGS"] = (
-        f"--xla_jf_dump_to={request['dump']} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final"
+        f"--xla_jf_dump_to={request['dump']} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final "
+        "--xla_mosaic_enable_llo_source_annotations=true"  # which line of the kernel file each slot comes from
     )
     write_result(request, compile_all(request))
 

@@ -1,5 +1,6 @@
 """One experiment from edit to ledger row: what ./ratchet.sh runs."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,11 @@ from judge import decide, ledger, pipeline, profile, report_lines
 from judge.chips import Chip
 from judge.contract import ContractError, Source, check_source
 from judge.identity import judge_sha256
+from judge.ledger_index import LedgerIndex
+from judge.lock import Refused
 from judge.measure.manager import chip_attached
-from judge.transaction import KERNEL, LEDGER, Candidate, Refused, Repository, exclusive
+from judge.repository import KERNEL, LEDGER, Repository
+from judge.transaction import Candidate, Plan, Transaction
 
 MAX_NOTE = 2000
 # A program that failed for these may do better another time, so its hash says nothing.
@@ -49,6 +53,7 @@ class Experiment:
     deep: bool = False
     limits: pipeline.Limits = field(default_factory=pipeline.Limits)
     keep: Path | None = None  # where artifacts, dumps and logs stay
+    wait: bool = True  # for an experiment that runs in the repository already
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,26 +62,17 @@ class Lineage:
 
     number: int
     asked_for: bool  # by --new-baseline
-    rows: list[ledger.Row]
     baseline: ledger.Row | None
     champion: ledger.Row | None
 
 
-def find_lineage(rows: list[ledger.Row], chip: str, mode: str, *, new_baseline: bool) -> Lineage:
+def find_lineage(index: LedgerIndex, chip: str, mode: str, *, new_baseline: bool) -> Lineage:
     """The newest lineage on this chip in this mode; a new one where there is none, or one is asked for."""
-    newest = ledger.lineage_of(rows, chip, mode)
+    newest = index.newest_lineage(chip, mode)
     if newest is None or new_baseline:
-        number = max((row.lineage for row in rows), default=0) + 1
-        return Lineage(number=number, asked_for=new_baseline, rows=[], baseline=None, champion=None)
-    kept = ledger.kept(rows, newest)
-    mine = [row for row in rows if row.lineage == newest]
-    return Lineage(
-        number=newest,
-        asked_for=False,
-        rows=mine,
-        baseline=kept[0] if kept else None,
-        champion=kept[-1] if kept else None,
-    )
+        number = index.last_lineage + 1
+        return Lineage(number=number, asked_for=new_baseline, baseline=None, champion=None)
+    return Lineage(number=newest, asked_for=False, baseline=index.baseline(newest), champion=index.champion(newest))
 
 
 def run(folder: Path, experiment: Experiment) -> Outcome:
@@ -86,17 +82,31 @@ def run(folder: Path, experiment: Experiment) -> Outcome:
     if len(experiment.note) > MAX_NOTE:
         raise Refused(f"the note has {len(experiment.note)} characters; keep it under {MAX_NOTE}")
     repository = Repository(folder)
-    with exclusive(folder):
-        repository.finish_interrupted()
-        repository.check_ready()
-        rows = ledger.parse(repository.ledger_text())
-        lineage = find_lineage(rows, experiment.chip.name, experiment.mode, new_baseline=experiment.new_baseline)
-        candidate = repository.candidate(experiment.note)
-        if lineage.baseline and lineage.baseline.judge_sha256 != judge_sha256(folder):
-            _other_judge(lineage.baseline, candidate)
-        verdict = _judge(repository, candidate, lineage, rows, experiment)
-        row = _row(folder, candidate, verdict, lineage, rows, experiment.note)
-        repository.record(candidate, row, keep_edit=experiment.new_baseline)
+    asked = _present_kernel(folder)
+    with repository.exclusive(experiment.note, wait=experiment.wait):
+        transaction = Transaction(repository)
+        index = transaction.start()
+        if asked != _present_kernel(folder):
+            raise Refused(
+                f"{KERNEL} is not what it was when this was asked for: another experiment ended meanwhile, or was "
+                f"finished now; nothing was judged, look at {KERNEL} and run it again"
+            )
+        lineage = find_lineage(index, experiment.chip.name, experiment.mode, new_baseline=experiment.new_baseline)
+        plan = Plan(
+            number=index.count + 1,
+            lineage=lineage.number,
+            chip=experiment.chip.name,
+            mode=experiment.mode,
+            note=experiment.note,
+            judge_sha256=judge_sha256(folder),
+            keeps_edit=experiment.new_baseline,
+        )
+        if lineage.baseline and lineage.baseline.judge_sha256 != plan.judge_sha256:
+            _other_judge(lineage.baseline, unchanged=asked == repository.file_at("HEAD", KERNEL))
+        with transaction.attempt(plan) as candidate:
+            verdict = _judge(transaction, candidate, lineage, index, experiment)
+            row = _row(plan, candidate, verdict)
+            transaction.record(row)
     champion = lineage.champion
     confirmed = row.status == decide.DUPLICATE and champion is not None and champion.commit == row.commit
     exit_code = 0 if row.status == decide.PASS or confirmed else 1
@@ -104,25 +114,30 @@ def run(folder: Path, experiment: Experiment) -> Outcome:
     return Outcome(row=row, verdict=verdict, lines=lines, exit_code=exit_code)
 
 
-def _other_judge(baseline: ledger.Row, candidate: Candidate) -> None:
+def _present_kernel(folder: Path) -> bytes:
+    path = folder / KERNEL
+    return path.read_bytes() if path.is_file() else b""
+
+
+def _other_judge(baseline: ledger.Row, *, unchanged: bool) -> None:
     """Raises Refused for an edit: its figures and the champion's would be two judges'."""
     told = (
         f"this judge is not the one that lineage {baseline.lineage} was sealed with ({baseline.judge_sha256[:12]}), "
         'so figures may not compare; ./ratchet.sh --new-baseline "why" starts a lineage with it'
     )
-    if not candidate.unchanged:
+    if not unchanged:
         raise Refused(told)
     pipeline.print_progress(f"note: {told}")
 
 
 def _judge(
-    repository: Repository, candidate: Candidate, lineage: Lineage, rows: list[ledger.Row], experiment: Experiment
+    transaction: Transaction, candidate: Candidate, lineage: Lineage, index: LedgerIndex, experiment: Experiment
 ) -> pipeline.Verdict:
     """The stages' verdict, or what the comparison with the champion makes of it."""
-    chip, champion = experiment.chip, lineage.champion
+    repository, chip, champion = transaction.repository, experiment.chip, lineage.champion
     try:
         source = check_source(candidate.data, KERNEL)
-        sealed = _sealed(repository, lineage, rows, source)
+        sealed = _sealed(repository, lineage, index, source)
     except ContractError as error:
         return pipeline.Verdict(status="FAIL_CONTRACT", mode=experiment.mode, chip=chip.name, reason=str(error))
     task = pipeline.Task(
@@ -136,10 +151,14 @@ def _judge(
     )
     confirming = candidate.unchanged and champion is not None and champion.commit == candidate.commit
     with pipeline.private_folder(experiment.keep) as folder:
+        if experiment.keep is None:
+            transaction.judging_in(folder)
         judging = pipeline.Judging(task, folder, pipeline.print_progress)
         judge = judge_sha256(repository.folder)
-        verdict = judging.run(lambda program: None if confirming else _known(program, lineage.rows, judge))
-        profile.save(repository.folder, f"{len(rows) + 1:05d}-{chip.name}-{candidate.commit[:8]}", judging, verdict)
+        verdict = judging.run(
+            lambda program: None if confirming else _known(program, index.with_program(lineage.number, program), judge)
+        )
+        profile.save(repository.folder, f"{index.count + 1:05d}-{chip.name}-{candidate.commit[:8]}", judging, verdict)
     if verdict.status != decide.PASS or verdict.total is None:
         return verdict
     if confirming:
@@ -147,14 +166,16 @@ def _judge(
         return verdict
     times = {name: one.latency_ms for name, one in verdict.workloads.items()}
     champion_ms = judging.champion_ms or (champion.workload_ms if champion else None)
-    decision = decide.decide(verdict.total, times, champion_ms, mode=experiment.mode)
+    waiting = [one["dma_wait_cycles"] / one["cycles"] for one in verdict.facts.values() if one.get("cycles")]
+    resolution = decide.model_resolution(waiting) if experiment.mode == "model" else 0.0
+    decision = decide.decide(verdict.total, times, champion_ms, mode=experiment.mode, resolution=resolution)
     verdict.status, verdict.reason = decision.status, decision.reason
     return verdict
 
 
-def _known(program_sha256: str, rows: list[ledger.Row], judge: str) -> str | None:
-    """Which row of the lineage has this very program, if its verdict would not change: a later judge may time it."""
-    for row in reversed(rows):
+def _known(program_sha256: str, rows: Iterable[ledger.Row], judge: str) -> str | None:
+    """Which of the rows, newest first, has this very program and a verdict that would not change under this judge."""
+    for row in rows:
         outdated = row.status in decide.FAILURES and row.judge_sha256 != judge
         if row.artifact_sha256 == program_sha256 and row.status not in _WORTH_RETRYING and not outdated:
             score = "" if row.score is None else f", score {row.score:.6g}"
@@ -162,7 +183,7 @@ def _known(program_sha256: str, rows: list[ledger.Row], judge: str) -> str | Non
     return None
 
 
-def _sealed(repository: Repository, lineage: Lineage, rows: list[ledger.Row], source: Source) -> Source:
+def _sealed(repository: Repository, lineage: Lineage, index: LedgerIndex, source: Source) -> Source:
     """The lineage's oracle: its baseline's kernel.py.
 
     The first experiment on a chip is its lineage's baseline, but may not change the problem on the quiet: it is held
@@ -170,19 +191,11 @@ def _sealed(repository: Repository, lineage: Lineage, rows: list[ledger.Row], so
     """
     baseline = lineage.baseline
     if baseline is None and not lineage.asked_for:
-        newest = max((row.lineage for row in rows if row.status == decide.PASS), default=None)
-        baseline = next(iter(ledger.kept(rows, newest)), None)
+        baseline = index.baseline(index.newest_based_lineage)
     return source if baseline is None else repository.source_at(baseline.commit)
 
 
-def _row(
-    folder: Path,
-    candidate: Candidate,
-    verdict: pipeline.Verdict,
-    lineage: Lineage,
-    rows: list[ledger.Row],
-    note: str,
-) -> ledger.Row:
+def _row(plan: Plan, candidate: Candidate, verdict: pipeline.Verdict) -> ledger.Row:
     total = verdict.total
     workloads = ";".join(
         f"{name}:{one.latency_ms:.9g}:{one.util_pct:.6g}:{one.mfu_pct:.6g}:{one.mbu_pct:.6g}"
@@ -197,9 +210,9 @@ def _row(
         tflops=total.tflops if total else None,
         regime=total.regime if total else "",
         bw_util_pct=total.bw_util_pct if total else None,
-        note=note,
-        number=len(rows) + 1,
-        lineage=lineage.number,
+        note=plan.note,
+        number=plan.number,
+        lineage=plan.lineage,
         chip=verdict.chip,
         mode=verdict.mode,
         mfu_pct=total.mfu_pct if total else None,
@@ -211,7 +224,7 @@ def _row(
         seconds=round(verdict.seconds, 1),
         parent_commit=candidate.parent,
         artifact_sha256=verdict.program_sha256,
-        judge_sha256=judge_sha256(folder),
+        judge_sha256=plan.judge_sha256,
         reason=verdict.reason,
     )
 

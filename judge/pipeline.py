@@ -126,6 +126,13 @@ class Judging:
 
         Raises CannotJudge where the fault is not the candidate's.
         """
+        return self._run(lambda traced, verdict: self._compile_and_check(traced, verdict, is_known))
+
+    def run_to_cycles(self) -> Verdict:
+        """The stages that give figures, without the check of correctness: to explain a program, never to keep it."""
+        return self._run(self._compile_stage)
+
+    def _run(self, middle: Callable[[dict[str, Any], Verdict], None]) -> Verdict:
         started = time.monotonic()
         task = self.task
         verdict = Verdict(status=decide.PASS, mode=task.mode, chip=task.chip.name)
@@ -134,7 +141,7 @@ class Judging:
             contract.check_policy(task.candidate, task.sealed)
             described = self._describe()
             traced = self._trace(described)
-            self._compile_and_check(traced, verdict, is_known)
+            middle(traced, verdict)
             if verdict.status == decide.PASS:
                 self._time(described, traced, verdict)
         except contract.ContractError as error:
@@ -228,8 +235,7 @@ class Judging:
         checking = self._start_oracle("check", request)
         try:
             if self.task.mode == "model" or self.task.device == "tpu":
-                with self._stage("compile", f"compile: the TPU compiler for {self.task.chip.name}"):
-                    self._compile(traced, verdict)
+                self._compile_stage(traced, verdict)
                 known = is_known(verdict.program_sha256)
                 if known is not None:
                     verdict.status, verdict.reason = decide.DUPLICATE, known
@@ -255,6 +261,10 @@ class Judging:
         }
         request["secret"] = self._secret
         return self._start("strict.py", self._subfolder("strict"), request)
+
+    def _compile_stage(self, traced: dict[str, Any], verdict: Verdict) -> None:
+        with self._stage("compile", f"compile: the TPU compiler for {self.task.chip.name}"):
+            self._compile(traced, verdict)
 
     def _compile(self, traced: dict[str, Any], verdict: Verdict) -> None:
         folder = self._subfolder("compile")

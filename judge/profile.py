@@ -11,8 +11,8 @@ from judge.trace import write_run
 
 KEPT_RUNS = 40  # older ones are removed: dumps are megabytes each
 _NOTE = (
-    "SIMULATED: no TPU ran this. The TPU compiler's final schedule was executed on a cycle model; one cycle a bundle, "
-    "DMAs by latency and bandwidth."
+    "SIMULATED: no TPU ran this. The TPU compiler's final schedule was executed on a cycle model: bundles in order, "
+    "held back by results and units; DMAs by latency, bandwidth and length of runs."
 )
 
 

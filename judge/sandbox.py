@@ -107,7 +107,11 @@ class Process:
         """Ends the process and everything that it started."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        if self._process.returncode is None:
+            # Not Popen.wait: a signal that ended it half way has left its lock taken, and it would wait for ever.
+            with contextlib.suppress(ChildProcessError):
+                status = os.waitpid(self._process.pid, 0)[1]
+                self._process.returncode = os.waitstatus_to_exitcode(status)
 
 
 def _limit() -> None:

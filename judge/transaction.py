@@ -1,35 +1,34 @@
-"""One experiment as a git transaction: commit the edit, judge it, record it, keep it or take it back.
+"""One experiment as a git transaction: prepared → committed → judged → recorded → kept or reset.
 
 The experiment's commit is made beside the branch (`refs/ratchet/<lineage>/<number>`), with the hypothesis as its
 message and kernel.py as its only change; the branch moves to it when it is kept. The ledger's new row is committed on
 top in either case, so that a clone has every row and the tree is clean after each experiment. Only kernel.py and
 results.tsv are ever written; other files, the index entries of other files and the user's hooks are not touched.
+
+Each step is in the journal before it is taken, and may be taken twice. So whatever kills an experiment, the next
+command looks at the journal: an edit that was not yet a commit is left as it is, an attempt that was being judged gets
+a row that says FAIL_CRASH, and a verdict that was known is recorded.
 """
 
-import fcntl
-import os
+import shutil
 import signal
-import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import git
+from judge import git_locks, ledger
+from judge.decide import PASS
+from judge.journal import Entry, Journal
+from judge.ledger_index import LedgerIndex
+from judge.lock import Refused, say
+from judge.repository import KERNEL, LEDGER, REFS, Repository, blob_id
 
-from judge import ledger
-from judge.contract import ContractError, Source, check_source
-
-KERNEL = "kernel.py"
-LEDGER = "results.tsv"
-ARCHIVE = "experiments.bundle"
-REFS = "refs/ratchet"
-SCRATCH = ".ratchet"  # ignored by git
-
-
-class Refused(Exception):
-    """The experiment cannot start or be recorded: exit code 2, nothing was changed."""
+INDEX_WAIT_SECONDS = 5.0
+_MANY_BYTES = 10 << 20  # of a ledger that takes seconds to read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,255 +41,411 @@ class Candidate:
     unchanged: bool  # kernel.py is the branch's own: nothing to keep or take back
 
 
-class Repository:
-    """The git side of the loop. Raises Refused from every method where git does not allow it."""
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What an attempt is before it has a verdict: the row's cells that are known, and what becomes of a failure."""
 
-    def __init__(self, folder: Path) -> None:
-        try:
-            self._repo = git.Repo(folder, search_parent_directories=False)
-        except (git.InvalidGitRepositoryError, git.NoSuchPathError):
-            raise Refused(f"{folder} is not a git repository: run git init and commit first") from None
-        if self._repo.bare:
-            raise Refused("a bare repository has no kernel.py to edit")
-        self.folder = folder
+    number: int
+    lineage: int
+    chip: str
+    mode: str
+    note: str
+    judge_sha256: str
+    keeps_edit: bool = False
 
-    def git(self, *arguments: str, data: bytes | None = None, index: str | None = None) -> str:
-        """Runs git without the user's hooks. Raises Refused with git's message."""
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-        if index is not None:
-            environment["GIT_INDEX_FILE"] = index
-        for role in ("AUTHOR", "COMMITTER"):
-            if not self._has_identity:
-                environment |= {f"GIT_{role}_NAME": "Ratchet", f"GIT_{role}_EMAIL": "ratchet@localhost"}
-        done = subprocess.run(
-            ["git", "-c", "core.hooksPath=/dev/null", "-c", "gc.auto=0", *arguments],
-            cwd=self.folder,
-            env=environment,
-            input=data,
-            capture_output=True,
-            check=False,
-        )
-        if done.returncode:
-            message = done.stderr.decode(errors="replace").strip()
-            raise Refused(f"git {arguments[0]} failed: {message or done.returncode}")
-        return done.stdout.decode(errors="surrogateescape")
 
-    @property
-    def _has_identity(self) -> bool:
-        reader = self._repo.config_reader()
-        return bool(reader.get_value("user", "email", "") and reader.get_value("user", "name", ""))
+class Transaction:
+    """The steps in one repository, by whoever holds its lock."""
 
-    # --- what is there ---
+    def __init__(self, repository: Repository) -> None:
+        self.repository = repository
+        self.journal = Journal(repository.scratch / "journal.json")
+        self._index: LedgerIndex | None = None
 
-    @property
-    def head(self) -> str:
-        return self._repo.head.commit.hexsha
+    # --- before the experiment ---
 
-    def check_ready(self) -> None:
-        """Refuses a state in which an experiment could lose something or be attributed wrongly."""
-        if not self._repo.head.is_valid():
-            raise Refused("the branch has no commit yet: commit the project first")
-        if self._repo.head.is_detached:
-            raise Refused("HEAD is detached: check out a branch first, e.g. git switch -c experiments")
-        git_folder = Path(self._repo.git_dir)
-        for name in ("MERGE_HEAD", "CHERRY_PICK_HEAD", "REVERT_HEAD", "rebase-merge", "rebase-apply", "BISECT_LOG"):
-            if (git_folder / name).exists():
-                raise Refused(f"a git operation is in progress ({name}): finish or abort it first")
-        if (git_folder / "index.lock").exists():
-            raise Refused(
-                f"{git_folder / 'index.lock'} exists: another git is running, or one was killed; remove it then"
-            )
-        path = self.folder / KERNEL
-        if path.is_symlink():
-            raise Refused(f"{KERNEL} is a symbolic link: the judge reads the file that is committed, so make it one")
-        if not path.is_file():
-            raise Refused(f"no {KERNEL} here: restore it with git checkout {KERNEL}")
-        self.ledger_text()  # says more about a changed ledger than the list of changed files
-        strange = self.git("ls-files", "--others", "--exclude-standard", "--", "judge").split()
-        if strange:
-            raise Refused(f"files in judge/ that git does not know change the judge: {', '.join(strange)}; remove them")
-        others = [name for name in self._changed() if name != KERNEL]
-        if others:
-            raise Refused(
-                f"an experiment changes {KERNEL} alone, but also changed: {', '.join(others)}; commit or stash these"
-            )
+    def start(self) -> LedgerIndex:
+        """Finishes or undoes what was interrupted, and returns the ledger where an experiment may begin.
 
-    def _changed(self) -> list[str]:
-        """Tracked files that differ from HEAD in the index or the working tree."""
-        fields = self.git("status", "--porcelain=v1", "-z", "--untracked-files=no", "--ignore-submodules=none")
-        entries = fields.split("\0")
-        names, i = [], 0
-        while i < len(entries) and entries[i]:
-            names.append(entries[i][3:])
-            i += 2 if entries[i][0] in "RC" else 1
-        return names
+        Raises Refused or LedgerError where it may not, with advice.
+        """
+        self.repository.check_branch()
+        with _signals_ignored():
+            self.recover()
+        index = self.open_ledger()
+        self.repository.check_files()
+        return index
 
-    def file_at(self, commit: str, name: str) -> bytes | None:
-        """A file's content in a commit, or None."""
-        try:
-            blob = self._repo.commit(commit).tree / name
-        except (KeyError, ValueError, git.BadName):
-            return None
-        data: bytes = blob.data_stream.read()
-        return data
-
-    def ledger_text(self) -> str:
+    def open_ledger(self) -> LedgerIndex:
         """The ledger, checked to be what HEAD has: nobody writes it but an experiment."""
-        committed = (self.file_at(self.head, LEDGER) or b"").decode(errors="replace")
-        path = self.folder / LEDGER
-        present = path.read_bytes().decode(errors="replace") if path.exists() else ""
-        ledger.parse(present)  # the line number of what is wrong, where that can be told
-        if present != committed:
-            ours, theirs = present.split("\n"), committed.split("\n")
-            line = next(
-                (i for i, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), len(ours) - 1
-            )
-            raise Refused(f"{LEDGER}:{line + 1}: differs from the committed ledger; git checkout {LEDGER} restores it")
-        return present
+        repository = self.repository
+        path, blob = repository.folder / LEDGER, repository.blob_at("HEAD", LEDGER)
+        index = LedgerIndex(path, repository.scratch / "ledger.sqlite", blob)
+        if not index.is_current:
+            self._set_torn_line_aside(blob)
+            if path.exists() and path.stat().st_size > _MANY_BYTES:
+                say(f"reading the whole of {LEDGER}, {path.stat().st_size >> 20} MiB, because it or git's copy changed")
+            if blob_id(path) != blob:
+                check_ledger(repository)
+            index.rebuild()
+        self._index = index
+        return index
 
-    def source_at(self, commit: str) -> Source:
-        """kernel.py of a commit, as the oracle or the champion."""
-        data = self.file_at(commit, KERNEL)
-        if data is None:
-            raise Refused(f"commit {commit} has no {KERNEL}; git fetch {ARCHIVE} '{REFS}/*:{REFS}/*' may bring it back")
-        try:
-            return check_source(data, f"{KERNEL} of {commit[:12]}")
-        except ContractError as error:
-            raise Refused(f"the sealed {error}") from None
+    def _set_torn_line_aside(self, blob: str) -> None:
+        """Completes a ledger that ends within a line and is git's otherwise; anything else is left to check_ledger."""
+        path = self.repository.folder / LEDGER
+        tail = ledger.torn_tail(path) if path.is_file() else b""
+        if not tail:
+            return
+        whole = path.stat().st_size - len(tail)
+        committed = self.repository.run("cat-file", "blob", blob) if blob else b""
+        present = path.read_bytes()
+        if present[:whole] != committed[:whole] or not (whole == len(committed) or committed.startswith(present)):
+            return
+        aside = _unused(self.repository.scratch / "torn-line")
+        ledger.write_durably(aside, tail)
+        ledger.write_durably(path, committed) if committed else path.unlink()
+        say(f"{LEDGER} ended within a line: what was there is in {aside.relative_to(self.repository.folder)}")
 
     # --- the experiment ---
 
-    def candidate(self, note: str) -> Candidate:
-        """The edit in kernel.py as a commit on top of HEAD; HEAD's own last change of it where there is no edit."""
-        data = (self.folder / KERNEL).read_bytes()
-        if data == self.file_at(self.head, KERNEL):
-            commit = self.git("rev-list", "-1", "HEAD", "--", KERNEL).strip()
-            return Candidate(commit=commit, parent=self.head, data=data, unchanged=True)
-        commit = self._commit(self.head, {KERNEL: data}, note)
-        return Candidate(commit=commit, parent=self.head, data=data, unchanged=False)
+    @contextmanager
+    def attempt(self, plan: Plan) -> Iterator[Candidate]:
+        """kernel.py's edit as a commit, to be judged and recorded inside; undone if that ends before `record`.
 
-    def _commit(self, parent: str, files: dict[str, bytes], message: str) -> str:
-        """A commit on top of `parent` with some files replaced, made without touching index, tree or branch."""
-        with tempfile.TemporaryDirectory(prefix="ratchet-index-") as folder:
-            index = str(Path(folder) / "index")
-            self.git("read-tree", parent, index=index)
-            for name, data in files.items():
-                blob = self.git("hash-object", "-w", "--no-filters", "--stdin", data=data).strip()
-                entry = self.git("ls-tree", parent, "--", name).split()
-                mode = entry[0] if entry else "100644"
-                self.git("update-index", "--add", "--cacheinfo", f"{mode},{blob},{name}", index=index)
-            tree = self.git("write-tree", index=index).strip()
-        text = message.encode(errors="surrogateescape")
-        return self.git("commit-tree", tree, "-p", parent, data=text or b"experiment").strip()
-
-    def record(self, candidate: Candidate, row: ledger.Row, *, keep_edit: bool = False) -> str:
-        """Makes the verdict durable and returns the row's line. Signals wait until it is.
-
-        Order: the attempt's ref, the ledger commit, the branch (only if it is still where the experiment began), then
-        index and working tree. Until the branch moves nothing has happened; afterwards only files are brought into
-        line with it, by the next experiment (finish_interrupted) if this one is killed.
+        Raises Refused where the disk does not take it.
         """
-        with _signals_ignored():
-            return self._record(candidate, row, keep_edit=keep_edit)
-
-    def _record(self, candidate: Candidate, row: ledger.Row, *, keep_edit: bool) -> str:
-        committed = (self.file_at(self.head, LEDGER) or b"").decode()
-        text = ledger.appended(committed, row)
-        self.git("update-ref", self._free_ref(f"{REFS}/{row.lineage}/{row.number}", candidate), candidate.commit)
-        is_kept = row.status == "PASS" and not candidate.unchanged
-        base = candidate.commit if is_kept else candidate.parent
-        subject = f"ledger {row.number}: {row.status}" + (f" score={row.score:.6g}" if row.score is not None else "")
-        new_head = self._commit(base, {LEDGER: text.encode()}, f"{subject}\n\n{row.note}")
-        branch = self._repo.head.reference.path
-        takes_back = not is_kept and not candidate.unchanged and not keep_edit
-        journal = self.folder / SCRATCH / "recording"
-        journal.write_text(f"{new_head} {candidate.commit if takes_back else ''}")
         try:
-            self.git("update-ref", "-m", f"ratchet: {subject}", branch, new_head, candidate.parent)
-        except Refused:
-            journal.unlink()
-            if self.head == candidate.parent:
-                raise
-            raise Refused("the branch moved while the experiment ran: nothing was recorded; run it again") from None
-        self._settle(new_head, candidate.commit if takes_back else "")
-        journal.unlink()
-        return text.splitlines()[-1]
+            with _signals_ignored():
+                candidate = self._commit_attempt(plan)
+            yield candidate
+        except BaseException as error:
+            with _signals_ignored():
+                told = self._undo()
+            if isinstance(error, OSError):
+                where = f" ({error.filename})" if error.filename else ""
+                raise Refused(f"{error.strerror or error}{where}: {told}; mend that and run it again") from None
+            if isinstance(error, Refused | ledger.LedgerError):
+                raise type(error)(f"{error}: {told}") from None
+            raise
 
-    def _free_ref(self, ref: str, candidate: Candidate) -> str:
-        """`ref`, or with a suffix where another branch's experiment of that number has it: its attempt stays."""
-        taken = dict(
-            line.split() for line in self.git("for-each-ref", "--format=%(refname) %(objectname)", REFS).splitlines()
+    def _commit_attempt(self, plan: Plan) -> Candidate:
+        repository, head = self.repository, self.repository.head
+        data = (repository.folder / KERNEL).read_bytes()
+        unchanged = data == repository.file_at(head, KERNEL)
+        commit = repository.git("rev-list", "-1", "HEAD", "--", KERNEL) if unchanged else ""
+        entry = Entry(
+            state="prepared",
+            what="experiment",
+            branch=repository.branch,
+            parent=head,
+            unchanged=unchanged,
+            ref=self.free_ref(f"{REFS}/{plan.lineage}/{plan.number}", commit),
+            **{name: getattr(plan, name) for name in Plan.__dataclass_fields__},
         )
+        self.journal.write(entry)
+        if not unchanged:
+            commit = repository.commit(head, {KERNEL: repository.write_blob(data)}, plan.note, [head])
+        if entry.ref:
+            repository.git("update-ref", entry.ref, commit, "")  # only where there is none
+        self.journal.advance(state="committed", commit=commit)
+        return Candidate(commit=commit, parent=head, data=data, unchanged=unchanged)
+
+    def free_ref(self, ref: str, commit: str) -> str:
+        """`ref`, or with a suffix where another branch's attempt has it; empty where this very commit has one."""
         free, suffix = ref, 1
-        while taken.get(free, candidate.commit) != candidate.commit:
+        while taken := self.repository.ask("rev-parse", "-q", "--verify", free):
+            if taken == commit:
+                return ""
             suffix += 1
             free = f"{ref}-{suffix}"
         return free
 
-    def _settle(self, head: str, rejected: str) -> None:
-        """Brings ledger, kernel.py and index into line with `head`; takes back kernel.py if it is `rejected`'s."""
-        ledger.write(self.folder / LEDGER, (self.file_at(head, LEDGER) or b"").decode())
-        path = self.folder / KERNEL
-        # Not where somebody went on editing it meanwhile.
-        if rejected and path.read_bytes() == self.file_at(rejected, KERNEL):
-            partial = path.with_name(f".{KERNEL}.part")
-            partial.write_bytes(self.file_at(head, KERNEL) or b"")
-            partial.chmod(path.stat().st_mode)
-            os.replace(partial, path)
-        self.git("reset", "-q", "--", KERNEL, LEDGER)
+    def judging_in(self, folder: Path) -> None:
+        """Notes the judging's private folder, so that it goes even if this process is killed."""
+        self.journal.advance(folder=str(folder))
 
-    def finish_interrupted(self) -> None:
-        """Settles the files of an experiment that was killed between moving the branch and doing so itself."""
-        journal = self.folder / SCRATCH / "recording"
-        if not journal.exists():
+    def record(self, row: ledger.Row) -> None:
+        """Makes the verdict durable, then keeps the edit or takes it back. Signals wait until it is done.
+
+        Raises LedgerError for a row that could not be read back; nothing is recorded then.
+        """
+        assert self._index is not None
+        with _signals_ignored():
+            line = ledger.next_line(row, self._index.last_sha256)
+            if row.number != self._index.count + 1:
+                raise ledger.LedgerError(f"row {row.number} where {self._index.count + 1} was expected")
+            self.journal.advance(state="judged", row=line)
+            self._finish()
+
+    def commit_files(self, what: str, files: dict[str, bytes], message: str) -> None:
+        """Commits other files of the loop's own on top of the branch: the archive."""
+        repository = self.repository
+        blobs = tuple((name, repository.write_blob(data)) for name, data in files.items())
+        with _signals_ignored():
+            self.journal.write(
+                Entry(
+                    state="judged",
+                    what=what,
+                    branch=repository.branch,
+                    parent=repository.head,
+                    files=blobs,
+                    message=message,
+                )
+            )
+            self._finish()
+
+    @contextmanager
+    def changing_refs(self, what: str) -> Iterator[None]:
+        """For a change of refs that may simply be made again; a kill leaves git's lock files to the next command."""
+        if self.journal.path.exists():
+            raise Refused("an experiment was interrupted: run the next one first, which finishes it")
+        self.journal.write(
+            Entry(state="prepared", what=what, branch=self.repository.branch, parent=self.repository.head)
+        )
+        yield
+        self.journal.clear()
+
+    # --- the steps from a known verdict on; each may be taken again ---
+
+    def _finish(self) -> None:
+        self._move()
+        self._settle()
+        self._forget()
+
+    def _move(self) -> None:
+        """judged → recorded: the ledger's line, its commit, the branch."""
+        entry, repository = self._entry, self.repository
+        if repository.branch != entry.branch:
+            raise Refused(f"branch {entry.branch} is not checked out any more")
+        tip = repository.head
+        if not (entry.head and repository.is_ancestor(entry.head, tip)):
+            head = self._committed_row(tip) if entry.row else self._committed_files(tip)
+            entry = self.journal.advance(head=head)
+            repository.move_branch(entry.branch, head, tip, entry.message or _subject(_row_of(entry)))
+        self.journal.advance(state="recorded")
+
+    def _committed_files(self, tip: str) -> str:
+        return self.repository.commit(tip, dict(self._entry.files), self._entry.message, [tip])
+
+    def _committed_row(self, tip: str) -> str:
+        """The commit with the ledger's new row: on top of the attempt where that is kept, of the branch where not."""
+        repository, index = self.repository, self._index
+        if index is None or not index.is_at(repository.blob_at(tip, LEDGER)):
+            index = self.open_ledger()
+        if tip != self._entry.parent:
+            self._fit_to(tip)
+        entry, row = self._entry, _row_of(self._entry)
+        is_kept = row.status == PASS and not entry.unchanged
+        if row.row_sha256 == index.last_sha256:
+            blob = repository.blob_at(tip, LEDGER)  # somebody has committed the line with their own work
+        else:
+            offset = ledger.append(index.path, entry.row)
+            blob = repository.write_blob(index.path)
+            index.add(row, offset, blob)
+        blobs = {LEDGER: blob}
+        if is_kept:
+            blobs[KERNEL] = repository.blob_at(entry.commit, KERNEL)
+        parents = [tip]
+        if is_kept and not repository.is_ancestor(entry.commit, tip):
+            parents = [entry.commit] if tip == entry.parent else [tip, entry.commit]
+        return repository.commit(tip, blobs, f"{_subject(row)}\n\n{row.note}", parents)
+
+    def _fit_to(self, tip: str) -> None:
+        """Makes the row the next one of a branch that somebody moved meanwhile.
+
+        A win is still kept where kernel.py and the ledger are what they were when it was judged.
+        """
+        repository, index, entry = self.repository, self._index, self._entry
+        assert index is not None
+        row = _row_of(entry)
+        if row.row_sha256 == index.last_sha256:
             return
-        head, _, rejected = journal.read_text().partition(" ")
-        path = self.folder / LEDGER
-        if self._repo.head.is_valid() and self.head == head:
-            before = self.file_at(f"{head}^", LEDGER) or b""
-            if (path.read_bytes() if path.exists() else b"") in (before, self.file_at(head, LEDGER)):
-                self._settle(head, rejected)
-        journal.unlink()
+        known = {repository.blob_at(commit, KERNEL) for commit in (entry.parent, entry.commit)}
+        same_ledger = repository.blob_at(tip, LEDGER) == repository.blob_at(entry.parent, LEDGER)
+        if row.status == PASS and not (same_ledger and repository.blob_at(tip, KERNEL) in known):
+            told = "passed, but the branch's kernel.py or ledger changed meanwhile: not kept, judge it again"
+            row = replace(row, status="FAIL_CRASH", reason=told)
+        row = replace(row, number=index.count + 1)
+        line = ledger.next_line(row, index.last_sha256)
+        self.journal.advance(row=line, number=row.number)
 
-    def archive(self) -> str:
-        """Packs every attempt's commit into one bundle, thin against the branch, and commits it."""
-        self.check_ready()
-        self.unpack_archive()  # in a clone, what the bundle has and the new one must keep
-        refs = self.git("for-each-ref", "--format=%(refname)", "--no-merged=HEAD", REFS).split()
-        if not refs:
-            raise Refused("nothing to archive: the branch has every experiment's commit")
-        if (self.folder / ARCHIVE).exists():
-            packed = {line.split()[1] for line in self.git("bundle", "list-heads", ARCHIVE).splitlines()}
-            if packed == set(refs):
-                return f"{ARCHIVE} has all {len(refs)} attempts already"
-        with tempfile.TemporaryDirectory(prefix="ratchet-bundle-") as folder:
-            path = Path(folder) / ARCHIVE
-            self.git("bundle", "create", "-q", str(path), f"--glob={REFS}/*", "^HEAD")
-            data = path.read_bytes()
-        new_head = self._commit(self.head, {ARCHIVE: data}, f"archive of {len(refs)} attempts")
-        self.git("update-ref", "-m", "ratchet: archive", self._repo.head.reference.path, new_head, self.head)
-        (self.folder / ARCHIVE).write_bytes(data)
-        self.git("reset", "-q", "--", ARCHIVE)
-        return f"{len(refs)} attempts that the branch does not hold are in {ARCHIVE}, {len(data)} bytes"
+    def _settle(self) -> None:
+        """recorded → kept or reset: the files and the index follow the branch, where nobody has changed them since."""
+        entry, repository = self._entry, self.repository
+        names = [name for name, _ in entry.files] or [KERNEL, LEDGER]
+        for name in names:
+            self._settle_file(name)
+        end = time.monotonic() + INDEX_WAIT_SECONDS
+        while True:
+            try:
+                repository.git("reset", "-q", "--", *names)
+                return
+            except Refused as error:
+                if "index.lock" not in str(error) or time.monotonic() > end:
+                    raise
+            time.sleep(0.1)
 
-    def unpack_archive(self) -> None:
-        """Brings back the attempts' refs in a clone, from the committed bundle, where they are missing."""
-        if (self.folder / ARCHIVE).exists():
-            self.git("fetch", "-q", ARCHIVE, f"{REFS}/*:{REFS}/*")
+    def _settle_file(self, name: str) -> None:
+        entry, repository = self._entry, self.repository
+        path, wanted = repository.folder / name, repository.blob_at("HEAD", name)
+        if name == LEDGER and self._index is not None and self._index.is_at(wanted):
+            return
+        ours = {repository.blob_at(entry.parent, name)}
+        if name == KERNEL and entry.commit and not entry.keeps_edit:
+            ours.add(repository.blob_at(entry.commit, name))
+        present = blob_id(path)
+        if present != wanted and present in ours and wanted:
+            ledger.write_durably(path, repository.run("cat-file", "blob", wanted))
+            present = wanted
+        if present == wanted and name == KERNEL:
+            is_executable = repository.git("ls-tree", "HEAD", "--", name).startswith("100755")
+            path.chmod(path.stat().st_mode | 0o111 if is_executable else path.stat().st_mode & ~0o111)
 
-    def has_commit(self, commit: str) -> bool:
+    def _forget(self) -> None:
+        folder = self._entry.folder
+        self.journal.clear()
+        # Only what a judging made: --keep's own folder stays.
+        if folder and Path(folder).parent == Path(tempfile.gettempdir()) and Path(folder).name.startswith("ratchet-"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    @property
+    def _entry(self) -> Entry:
+        assert self.journal.entry is not None
+        return self.journal.entry
+
+    def _undo(self) -> str:
+        """Takes back an attempt that has no verdict yet; returns what became of it."""
+        entry = self.journal.entry
+        if entry is None:
+            return "nothing was recorded"
+        if entry.state in ("judged", "recorded"):
+            return f"experiment {entry.number} is judged, the next run finishes recording it"
         try:
-            self.git("cat-file", "-e", f"{commit}^{{commit}}")
-        except Refused:
-            return False
-        return True
+            self._drop_ref(entry)
+            self._forget()
+        except (Refused, OSError):
+            return "the next run finishes undoing it"
+        return "nothing was recorded"
 
-    def is_on_branch(self, commit: str) -> bool:
-        try:
-            self.git("merge-base", "--is-ancestor", commit, "HEAD")
-        except Refused:
-            return False
-        return True
+    def _drop_ref(self, entry: Entry) -> None:
+        """The name was free when the journal took it, so what is there is this attempt's."""
+        if entry.ref and self.repository.ask("rev-parse", "-q", "--verify", entry.ref):
+            self.repository.git("update-ref", "-d", entry.ref)
+
+    # --- after a crash ---
+
+    def recover(self) -> None:
+        """Finishes or undoes what the journal says was under way, and says which in one line."""
+        if not self.journal.load():
+            aside = _unused(self.journal.path.with_suffix(".unreadable"))
+            self.journal.path.rename(aside)
+            self.journal.entry = None
+            say(f"the journal cannot be read: it is now {aside.relative_to(self.repository.folder)}")
+        entry = self.journal.entry
+        if entry is None:
+            return
+        repository = self.repository
+        if entry.branch != repository.branch:
+            if repository.ask("rev-parse", "-q", "--verify", entry.branch):
+                short = entry.branch.removeprefix("refs/heads/")
+                raise Refused(
+                    f"{entry.what} {entry.number or ''} on branch {short} was interrupted: git switch {short} and run "
+                    "any experiment there to finish it first".replace("  ", " ")
+                )
+            told = f"branch {entry.branch} is gone, and what was under way there with it"
+            self._forget()
+        else:
+            git_locks.clear_abandoned(repository, entry)
+            told = self._recovered(entry)
+        say(f"recovered: {told}")
+
+    def _recovered(self, entry: Entry) -> str:
+        if entry.state == "prepared":
+            self._drop_ref(entry)
+            self._forget()
+            return f"{entry.what} {entry.number or ''} had hardly begun; nothing was changed".replace("  ", " ")
+        needed = [entry.commit, *(blob for _, blob in entry.files)]
+        if not all(self.repository.ask("cat-file", "-t", name) for name in needed if name):
+            self._forget()
+            return f"what {entry.what} {entry.number or ''} had made is gone from git; kernel.py is as it was"
+        if entry.head and self.repository.is_ancestor(entry.head, "HEAD"):
+            self.journal.advance(state="recorded")
+        else:
+            self._take_back_line(entry)
+            self._index = self.open_ledger()
+            if entry.state == "committed":
+                self._crashed(entry)
+        self._finish()
+        if entry.what != "experiment":
+            return f"{entry.what} was interrupted, and is finished"
+        if not entry.row:
+            return f"experiment {entry.number} was killed while it was judged: row FAIL_CRASH, kernel.py is as it was"
+        return f"experiment {entry.number} was judged {_row_of(entry).status} when it was killed, and is recorded"
+
+    def _crashed(self, entry: Entry) -> None:
+        """committed → judged, with the row of an attempt whose judging did not come to an end."""
+        assert self._index is not None
+        if entry.ref:
+            self.repository.git("update-ref", entry.ref, entry.commit)
+        empty: dict[str, Any] = dict.fromkeys(ledger.COLUMNS)
+        empty |= dict.fromkeys(("regime", "workloads", "artifact_sha256", "row_sha256"), "")
+        row = ledger.Row(
+            **empty
+            | {name: getattr(entry, name) for name in ("commit", "note", "lineage", "chip", "mode", "judge_sha256")}
+            | {"number": self._index.count + 1, "status": "FAIL_CRASH", "parent_commit": entry.parent}
+            | {"reason": "the judging was killed before it came to a verdict: the same edit may be tried again"}
+        )
+        # What is in kernel.py is what the next command is asked to judge.
+        line = ledger.next_line(row, self._index.last_sha256)
+        self.journal.advance(state="judged", row=line, keeps_edit=True)
+
+    def _take_back_line(self, entry: Entry) -> None:
+        """Removes from the ledger's file what an interrupted append left: the row is appended again."""
+        path = self.repository.folder / LEDGER
+        blob = self.repository.blob_at("HEAD", LEDGER)
+        size = int(self.repository.git("cat-file", "-s", blob)) if blob else 0
+        if not entry.row or not path.is_file() or path.stat().st_size <= size:
+            return
+        with path.open("rb") as file:
+            file.seek(size)
+            tail = file.read()
+        whole = entry.row if blob else f"{ledger.HEADER}\n{entry.row}"
+        if not whole.encode().startswith(tail) or (blob and blob_id(path, size) != blob):
+            return
+        if blob:
+            with path.open("r+b") as file:
+                file.truncate(size)
+        else:
+            path.unlink()
+
+
+def check_ledger(repository: Repository) -> list[ledger.Row]:
+    """Every row of the ledger, verified, where its file is what HEAD has. Raises Refused or LedgerError by line."""
+    committed = (repository.file_at("HEAD", LEDGER) or b"").decode(errors="replace")
+    path = repository.folder / LEDGER
+    present = path.read_bytes().decode(errors="replace") if path.exists() else ""
+    rows = ledger.parse(present)  # the line number of what is wrong, where that can be told
+    if present != committed:
+        ours, theirs = present.split("\n"), committed.split("\n")
+        line = next((i for i, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), len(ours) - 1)
+        raise Refused(f"{LEDGER}:{line + 1}: differs from the committed ledger; git checkout {LEDGER} restores it")
+    return rows
+
+
+def _row_of(entry: Entry) -> ledger.Row:
+    return ledger.parse_row(entry.row.removesuffix("\n"), f"journal, row {entry.number}")
+
+
+def _subject(row: ledger.Row) -> str:
+    return f"ledger {row.number}: {row.status}" + (f" score={row.score:.6g}" if row.score is not None else "")
+
+
+def _unused(path: Path) -> Path:
+    number = 1
+    while (free := path.with_name(f"{path.name}-{number}")).exists():
+        number += 1
+    return free
 
 
 @contextmanager
@@ -303,22 +458,3 @@ def _signals_ignored() -> Iterator[None]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """One experiment at a time in a repository. Raises Refused where another one runs."""
-    lock_folder = folder / SCRATCH
-    lock_folder.mkdir(exist_ok=True)
-    with (lock_folder / "lock").open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.seek(0)
-            owner = lock.read().strip() or "unknown"
-            raise Refused(f"another experiment runs in this folder (process {owner}): wait for it") from None
-        lock.seek(0)
-        lock.truncate()
-        lock.write(str(os.getpid()))
-        lock.flush()
-        yield

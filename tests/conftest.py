@@ -146,6 +146,15 @@ def make_project(folder: Path) -> Project:
     return project
 
 
+def appended(text: str, *rows: ledger.Row) -> str:
+    """A ledger's text with rows added."""
+    for row in rows:
+        known = ledger.parse(text)
+        text = text or ledger.HEADER + "\n"
+        text += ledger.next_line(row, known[-1].row_sha256 if known else ledger.GENESIS)
+    return text
+
+
 @pytest.fixture(scope="session")
 def new_project(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Project]:
     """A function that makes a fresh project, in a folder of the given name."""

@@ -5,7 +5,17 @@ import math
 
 import pytest
 
-from judge.decide import FAILURES, PASS, REGRESSION, RULES, STATUSES, decide
+from judge.decide import (
+    COPY_RESOLUTION,
+    FAILURES,
+    ISSUE_RESOLUTION,
+    PASS,
+    REGRESSION,
+    RULES,
+    STATUSES,
+    decide,
+    model_resolution,
+)
 from judge.roofline import Figures
 
 FIGURES = Figures(
@@ -137,3 +147,15 @@ def test_many_small_wins_never_lose_what_was_won():
 def test_every_status_is_listed():
     assert {PASS, REGRESSION, "FAIL_CRASH"} <= set(STATUSES)
     assert all(name.startswith("FAIL_") for name in FAILURES)
+
+
+def test_the_models_resolution_lies_between_that_of_issue_and_that_of_copies():
+    assert model_resolution([0.0, 0.0]) == pytest.approx(ISSUE_RESOLUTION)
+    assert model_resolution([1.0]) == pytest.approx(COPY_RESOLUTION)
+    assert model_resolution([0.0, 1.0]) == pytest.approx((ISSUE_RESOLUTION + COPY_RESOLUTION) / 2)
+    assert model_resolution([7.0]) == model_resolution([1.0])  # never more than all of the time
+
+
+@pytest.mark.parametrize(("by", "expected"), [(0.009, REGRESSION), (0.011, PASS)])
+def test_a_gain_below_the_resolution_is_no_win(by, expected):
+    assert decide(FIGURES, faster(by), CHAMPION, mode="model", resolution=0.01).status == expected

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import pandas
 import pytest
+from conftest import appended
 
 from judge import chips, experiment, ledger, roofline
 
@@ -245,12 +246,17 @@ def test_archive_clone_audit_and_tampering(story, tmp_path):
     rows = [row if row.number != 4 else ledger_row(row, status="PASS") for row in ledger.parse(text)]
     forged = ""
     for row in rows:
-        forged = ledger.appended(forged, row)
+        forged = appended(forged, row)
     clone.ledger.write_text(forged)
     clone.git("commit", "-q", "-a", "-m", "forged")
     done = clone.prepare("--audit")
     assert done.code == 1
     assert f"results.tsv:5: row 4 (PASS): kept, but commit {slower.commit} is not on the branch" in done.out
+
+    done = project.ratchet("--prune", "1")
+    assert re.search(r"^prune: \d+ attempts' refs removed, 1 left; ", done.out, re.M), done.out + done.err
+    assert project.prepare("--audit").code == 0
+    assert project.prepare("--prune", "-1").code == 2
 
 
 def ledger_row(row, **changes):
@@ -286,9 +292,10 @@ def test_signal_leaves_everything_as_it_was(project, number, code):
         assert next(line for line in running.stderr if line.startswith("judge: trace"))
         wait_until(project.processes)  # else the check below would hold for nothing
         if number == signal.SIGTERM:  # while the first one runs, a second is refused
-            second = project.ratchet("me too")
+            second = project.ratchet("--no-wait", "me too")
             assert second.code == 2
-            assert f"another experiment runs in this folder (process {running.pid})" in second.err
+            assert f"another experiment runs in this repository (process {running.pid} on " in second.err
+            assert "'larger tiles'" in second.err
         running.send_signal(number)
         said = running.stderr.read()
     assert running.returncode == code

@@ -1,12 +1,17 @@
 """judge/ledger.py: what is written can be read back, and nothing else can."""
 
 import io
+import math
+import os
 import random
+from pathlib import Path
 
 import pandas
 import pytest
+from conftest import ROOT, appended
 
 from judge import ledger
+from judge.ledger_index import LedgerIndex
 
 NOTES = [
     "plain",
@@ -43,10 +48,7 @@ def make_row(number: int = 1, **changes) -> ledger.Row:
 
 
 def ledger_of(*rows: ledger.Row) -> str:
-    text = ""
-    for row in rows:
-        text = ledger.appended(text, row)
-    return text
+    return appended("", *rows)
 
 
 @pytest.mark.parametrize("note", NOTES)
@@ -98,10 +100,10 @@ def test_workload_times():
     assert row.workload_ms == {"decode": 0.5, "prefill-8k": 12.25}
 
 
-@pytest.mark.parametrize("bad", [{"number": 2}, {"status": "BEST"}, {"commit": "HEAD"}, {"score": float("nan")}])
+@pytest.mark.parametrize("bad", [{"status": "BEST"}, {"commit": "HEAD"}, {"score": float("nan")}])
 def test_row_that_cannot_be_read_back_is_not_appended(bad):
     with pytest.raises(ledger.LedgerError):
-        ledger.appended("", make_row(**bad))
+        ledger.next_line(make_row(**bad), ledger.GENESIS)
 
 
 def test_every_changed_character_is_found():
@@ -134,21 +136,159 @@ def test_file_that_is_not_text(tmp_path):
 def test_write_replaces_the_whole_file(tmp_path):
     path = tmp_path / "results.tsv"
     path.write_text("old and longer than the new text")
-    ledger.write(path, "new")
+    path.chmod(0o640)
+    ledger.write_durably(path, b"new")
     assert path.read_text() == "new"
+    assert path.stat().st_mode & 0o777 == 0o640
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_lineage_and_kept_rows():
-    rows = [
-        make_row(1),
-        make_row(2, status="REGRESSION"),
-        make_row(3, lineage=2, chip="v6e"),
-        make_row(4),
-        make_row(5, lineage=3, mode="chip"),
-    ]
-    assert ledger.lineage_of(rows, "v5e", "model") == 1
-    assert ledger.lineage_of(rows, "v5e", "chip") == 3
-    assert ledger.lineage_of(rows, "v5p", "model") is None
+def test_kept_rows():
+    rows = [make_row(1), make_row(2, status="REGRESSION"), make_row(3, lineage=2, chip="v6e"), make_row(4)]
     assert [row.number for row in ledger.kept(rows, 1)] == [1, 4]
     assert ledger.kept(rows, None) == []
+
+
+def test_append_and_torn_tail(tmp_path):
+    path = tmp_path / "results.tsv"
+    rows = [make_row(1, note="long " * 40_000), make_row(2)]
+    lines = ledger_of(*rows).splitlines(keepends=True)
+    for number, line in enumerate(lines[1:], 1):
+        offset = ledger.append(path, line)
+        assert path.read_text() == "".join(lines[: number + 1])
+        assert path.read_bytes()[offset:] == line.encode()
+        assert ledger.torn_tail(path) == b""
+    for length in (1, 100, 70_000, 150_000):
+        path.write_bytes((lines[0] + lines[1][:length]).encode())
+        assert ledger.torn_tail(path) == lines[1][:length].encode()
+
+
+# --- the DataFrame ---
+
+
+def test_frame_is_typed(tmp_path):
+    path = tmp_path / "results.tsv"
+    rows = [make_row(number, note=note, reason=note) for number, note in enumerate(NOTES, 1)]
+    rows.append(make_row(len(rows) + 1, score=None, status="FAIL_CRASH", spill_count=7))
+    path.write_text(ledger_of(*rows))
+    table = ledger.frame(path)
+    assert list(table.columns) == list(ledger.COLUMNS)
+    assert table.note.tolist() == [*NOTES, "a note"]
+    assert table.reason.tolist() == [*NOTES, ""]
+    assert str(table.score.dtype) == "float64"
+    assert table.score.isna().tolist() == [row.score is None for row in rows]
+    assert [str(table[name].dtype) for name in ("number", "lineage", "spill_count", "status")] == [
+        *("int64", "int64", "Int64", "category"),
+    ]
+    assert table.spill_count.iloc[-1] == 7
+    assert table.number.tolist() == list(range(1, len(rows) + 1))
+
+
+def test_frame_of_the_recorded_ledger():
+    table = ledger.frame(ROOT / "results.tsv")
+    rows = ledger.read(ROOT / "results.tsv")
+    assert len(table) == len(rows) >= 17
+    for row, (_, cells) in zip(rows, table.iterrows(), strict=True):
+        assert (row.commit, row.status, row.note, row.number) == (cells.commit, cells.status, cells.note, cells.number)
+        assert cells.score == row.score or (row.score is None and math.isnan(cells.score))
+
+
+def test_frame_of_what_is_no_ledger(tmp_path):
+    path = tmp_path / "results.tsv"
+    assert len(ledger.frame(path)) == 0
+    path.write_text(ledger_of(make_row(1)) + "torn")
+    assert len(ledger.frame(path)) == 1
+    path.write_text("something else\n")
+    with pytest.raises(ledger.LedgerError, match=r"^results.tsv:1: not the header"):
+        ledger.frame(path)
+
+
+# --- the index ---
+
+
+ROWS = [
+    make_row(1, artifact_sha256="a" * 64),
+    make_row(2, status="REGRESSION", artifact_sha256="b" * 64),
+    make_row(3, lineage=2, chip="v6e"),
+    make_row(4, note="\u00e9\U0001f680"),
+    make_row(5, lineage=3, mode="chip", status="FAIL_CRASH"),
+    make_row(6, lineage=4, status="FAIL_CONTRACT"),  # a baseline that failed is no lineage to go on with
+    make_row(7, status="DUPLICATE", artifact_sha256="b" * 64),
+]
+
+
+@pytest.fixture
+def indexed(tmp_path):
+    path = tmp_path / "results.tsv"
+    path.write_text(ledger_of(*ROWS))
+    index = LedgerIndex(path, tmp_path / "cache", "blob")
+    assert not index.is_current
+    index.rebuild()
+    return index
+
+
+def assert_lookups(index):
+    assert (index.count, index.last_lineage, index.newest_based_lineage) == (7, 4, 2)
+    assert [index.row(number).note for number in range(1, 8)] == [row.note for row in ROWS]
+    assert index.newest_lineage("v5e", "model") == 1
+    assert index.newest_lineage("v5e", "chip") == 3
+    assert index.newest_lineage("v5p", "model") is None
+    assert (index.baseline(1).number, index.champion(1).number) == (1, 4)
+    assert (index.baseline(3), index.champion(3), index.champion(None)) == (None, None, None)
+    assert [row.number for row in index.with_program(1, "b" * 64)] == [7, 2]
+    assert list(index.with_program(2, "b" * 64)) == []
+    assert list(index.with_program(1, "b" * 63 + "c")) == []
+
+
+def test_index_lookups(indexed, tmp_path):
+    assert_lookups(indexed)
+    again = LedgerIndex(indexed.path, tmp_path / "cache", "blob")
+    assert again.is_current
+    assert_lookups(again)
+
+
+def test_index_takes_in_an_appended_row(indexed, tmp_path):
+    line = ledger.next_line(make_row(8, lineage=1), indexed.last_sha256)
+    offset = ledger.append(indexed.path, line)
+    indexed.add(ledger.parse_row(line[:-1], "new"), offset, "next blob")
+    again = LedgerIndex(indexed.path, tmp_path / "cache", "next blob")
+    assert again.is_current
+    assert again.champion(1).number == again.count == 8
+    assert ledger.read(indexed.path)[-1].row_sha256 == again.last_sha256
+
+
+def damaged(cache: Path) -> None:
+    cache.write_bytes(b"not a database" * 100)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda path, cache: path.write_bytes(path.read_bytes()),  # the same content, but who knows
+        lambda path, cache: os.utime(path, ns=(1, 1)),
+        lambda path, cache: path.unlink(),
+        lambda path, cache: damaged(cache),
+        lambda path, cache: cache.unlink(),
+    ],
+)
+def test_index_that_is_not_the_ledgers_is_not_used(indexed, tmp_path, spoil):
+    text = indexed.path.read_text()
+    indexed.close()
+    spoil(indexed.path, tmp_path / "cache")
+    index = LedgerIndex(indexed.path, tmp_path / "cache", "blob")
+    assert not index.is_current
+    indexed.path.write_text(text)
+    index.rebuild()
+    assert_lookups(index)
+
+
+def test_index_of_another_blob_is_not_used(indexed, tmp_path):
+    assert not LedgerIndex(indexed.path, tmp_path / "cache", "another").is_current
+
+
+def test_index_without_a_place(tmp_path):
+    path = tmp_path / "results.tsv"
+    path.write_text(ledger_of(*ROWS))
+    index = LedgerIndex(path, tmp_path / "none" / "cache", "blob")
+    index.rebuild()
+    assert_lookups(index)

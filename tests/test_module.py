@@ -218,13 +218,37 @@ def test_op_of_dump(name, op):
 # --- what the real compiler emits ---
 
 
-def compiled(folder: Path, *flags: str) -> dict[str, dict[str, float]]:
+def regenerated(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     """Runs regenerate.py in a process of its own: libtpu reads its flags once."""
-    folder.mkdir(exist_ok=True)
     command = [sys.executable, "-W", "error", str(GOLDEN / "regenerate.py"), "--out", str(folder), *flags]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def compiled(folder: Path, *flags: str) -> dict[str, dict[str, float]]:
+    folder.mkdir(exist_ok=True)
+    done = regenerated(folder, *flags)
     assert done.returncode == 0, done.stderr
     return json.loads((folder / "expected.json").read_text())
+
+
+def test_cycles_are_rewritten_from_the_dumps_that_are_there(tmp_path):
+    """Of the chips that are asked for; nothing else changes."""
+    folder = tmp_path / "golden"
+    shutil.copytree(GOLDEN, folder)
+    expected = json.loads((GOLDEN / "expected.json").read_text())
+    wrong = {name: dict.fromkeys(cycles, -1.0) for name, cycles in expected.items()}
+    (folder / "expected.json").write_text(json.dumps(wrong))
+    assert compiled(folder, "--cycles-only", "--chips", "v5e") == {
+        name: cycles | {"v5e": expected[name]["v5e"]} for name, cycles in wrong.items()
+    }
+    for path in sorted(GOLDEN.glob("*/*/*.txt")):
+        assert (folder / path.relative_to(GOLDEN)).read_text() == path.read_text()
+
+
+def test_cycles_of_dumps_that_are_not_there_are_an_error_that_writes_nothing(tmp_path):
+    done = regenerated(tmp_path, "--cycles-only")
+    assert done.returncode == 2 and "no dumps in" in done.stderr and "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_goldens_are_what_the_compiler_emits(tmp_path):

@@ -64,6 +64,19 @@ def test_comments_nest_and_span_lines(tmp_path):
     assert dump.region_address == {4: 0}
 
 
+def test_a_slot_names_the_line_that_it_comes_from(tmp_path):
+    dump = parsed(
+        tmp_path,
+        '0 : { %v2_v1 = vadd.f32 %v1_v0, %v1_v0 /* loc("/a/b c/kernel.py":12:8 to :30) */  ;;  %7 = sfence  ;;  '
+        '%v3_v2 = vld /* loc("kernel.py":7:0) */ [vmem:[%s1_s1] sm:$0xff] /* note */ }\n'
+        "0x1 : { %8 = sfence /* loc(unknown) */ }\n"
+        '0x2 : { %9 = shalt.err (!%p2_p1) /* BoundsCheck /* loc("other.py":3:1) */ more */ }\n',
+    )
+    slots = [slot for bundle in dump.bundles for slot in bundle.slots]
+    assert [slot.source for slot in slots] == [("kernel.py", 12), None, ("kernel.py", 7), None, None]
+    assert [slot.rest for slot in slots] == ["%v1_v0, %v1_v0", "", "[vmem:[%s1_s1] sm:$0xff]", "", "(!%p2_p1)"]
+
+
 def test_braces_inside_a_slot(tmp_path):
     dump = parsed(tmp_path, "0 : { %s1_s0 = inlined_call_operand.hbm [shape: f32[8], index: 0, shape index: {}] }\n")
     assert dump.bundles[0].slots[0].rest.endswith("shape index: {}]")
@@ -79,7 +92,17 @@ def test_regions_that_start_and_end(tmp_path):
     )
     assert dump.region_address == {1: 0, 2: 0, 3: 1, 5: 2, 6: 3}
     assert [bundle.opens_region for bundle in dump.bundles] == [True, True, False, True]
-    assert [bundle.closes_region for bundle in dump.bundles] == [False, True, False, False]
+    assert [bundle.ends for bundle in dump.bundles] == [(), (2,), (), ()]
+
+
+def test_several_regions_may_end_at_once(tmp_path):
+    dump = parsed(
+        tmp_path,
+        "0 : { %1 = sfence } /* Start region 1 :: Start region 2 :: Start region 3 */\n"
+        "0x1 : {} /* End region 3 */\n"
+        "0x2 : { %2 = sfence } /* Start region 4 :: End region 4 :: End region 2 :: End region 1 */\n",
+    )
+    assert [bundle.ends for bundle in dump.bundles] == [(), (3,), (2, 1)]
 
 
 @pytest.mark.parametrize(

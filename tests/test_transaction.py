@@ -1,14 +1,21 @@
 """judge/transaction.py: which repositories are refused, and what a kill between two steps leaves."""
 
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 
 from judge import ledger
-from judge.transaction import Refused, Repository, exclusive
+from judge.audit import audit
+from judge.lock import Refused
+from judge.repository import Repository
+from judge.transaction import Plan, Transaction
 
 
 def row(number, candidate, status="PASS", score: float | None = 1.0, lineage=1) -> ledger.Row:
@@ -20,13 +27,23 @@ def row(number, candidate, status="PASS", score: float | None = 1.0, lineage=1) 
     )
 
 
-def attempt(project, block, status="PASS", number=None):
+@contextmanager
+def attempting(project, note="a note", lineage=1):
+    """(transaction, candidate) of what is in kernel.py, as experiment.run has them."""
+    repository = Repository(project.folder)
+    with repository.exclusive(note):
+        transaction = Transaction(repository)
+        number = transaction.start().count + 1
+        plan = Plan(number=number, lineage=lineage, chip="v5e", mode="model", note=note, judge_sha256="")
+        with transaction.attempt(plan) as candidate:
+            yield transaction, candidate
+
+
+def attempt(project, block, status="PASS"):
     """An edit of kernel.py, recorded with `status`, without a judging."""
     project.edit("BLOCK = 32 ", f"BLOCK = {block} ")
-    repository = Repository(project.folder)
-    with exclusive(project.folder):
-        candidate = repository.candidate(f"block {block}")
-        repository.record(candidate, row(number or len(project.rows()) + 1, candidate, status))
+    with attempting(project, f"block {block}") as (transaction, candidate):
+        transaction.record(row(len(project.rows()) + 1, candidate, status))
     return candidate
 
 
@@ -99,38 +116,103 @@ def test_record_touches_nothing_else(project):
     (project.folder / "mine.txt").write_text("untracked\n")
     project.edit("BLOCK = 32 ", "BLOCK = 64 ")
     project.git("add", "kernel.py")  # a staged edit is an edit
-    repository = Repository(project.folder)
-    with exclusive(project.folder):
-        candidate = repository.candidate("staged")
-        repository.record(candidate, row(1, candidate, "REGRESSION"))
-    assert project.git("status", "--porcelain") == "?? mine.txt\n"
+    with attempting(project) as (transaction, candidate):
+        (project.folder / "README.md").write_text("written and staged meanwhile\n")
+        project.git("add", "README.md")
+        transaction.record(row(1, candidate, "REGRESSION"))
+    assert project.git("status", "--porcelain") == "M  README.md\n?? mine.txt\n"
     assert "BLOCK = 32 " in project.kernel.read_text()
     assert project.git("log", "--format=%s") == "ledger 1: REGRESSION score=1\nstart\n"
 
 
 def test_kernel_edited_meanwhile_is_left(project):
-    repository = Repository(project.folder)
     project.edit("BLOCK = 32 ", "BLOCK = 64 ")
-    with exclusive(project.folder):
-        candidate = repository.candidate("first")
+    with attempting(project) as (transaction, candidate):
         project.edit("BLOCK = 64 ", "BLOCK = 128 ")
-        repository.record(candidate, row(1, candidate, "REGRESSION"))
+        transaction.record(row(1, candidate, "REGRESSION"))
     assert "BLOCK = 128 " in project.kernel.read_text()
     assert project.git("status", "--porcelain") == " M kernel.py\n"
 
 
-def test_branch_that_moved_meanwhile_is_left(project):
-    repository = Repository(project.folder)
+@pytest.mark.parametrize("status", ["PASS", "REGRESSION"])
+def test_branch_that_moved_meanwhile_gets_the_row(project, status):
     project.edit("BLOCK = 32 ", "BLOCK = 64 ")
-    with exclusive(project.folder):
-        candidate = repository.candidate("first")
+    with attempting(project) as (transaction, candidate):
         project.git("commit", "-q", "--allow-empty", "-m", "theirs")
-        before = project.state()
-        with pytest.raises(Refused, match="the branch moved while the experiment ran: nothing was recorded"):
-            repository.record(candidate, row(1, candidate))
-    after = project.state()
-    assert after.pop("refs").replace(f"{candidate.commit} commit\trefs/ratchet/1/1\n", "") == before.pop("refs")
-    assert after == before
+        transaction.record(row(1, candidate, status))
+    assert [kept.status for kept in project.rows()] == [status]
+    assert project.git("log", "--first-parent", "-2", "--format=%s") == f"ledger 1: {status} score=1\ntheirs\n"
+    assert ("BLOCK = 64 " in project.git("show", "HEAD:kernel.py")) == (status == "PASS")
+    assert project.git("status", "--porcelain") == ""
+    assert audit(project.folder) == []
+
+
+def test_win_over_a_kernel_that_changed_meanwhile_is_not_kept(project):
+    project.edit("BLOCK = 32 ", "BLOCK = 64 ")
+    with attempting(project) as (transaction, candidate):
+        project.edit("BLOCK = 64 ", "BLOCK = 16 ")
+        project.git("commit", "-q", "-a", "-m", "theirs")
+        transaction.record(row(1, candidate))
+    assert [(kept.status, kept.commit) for kept in project.rows()] == [("FAIL_CRASH", candidate.commit)]
+    assert "not kept, judge it again" in project.rows()[0].reason
+    assert "BLOCK = 16 " in project.kernel.read_text()
+    assert project.git("status", "--porcelain") == ""
+
+
+@pytest.mark.parametrize("status", ["PASS", "REGRESSION"])
+def test_ledger_that_was_reset_meanwhile(project, status):
+    """Somebody takes the branch back behind the last row while the next one is judged."""
+    attempt(project, 64)
+    project.edit("BLOCK = 64 ", "BLOCK = 16 ")
+    with attempting(project, "second") as (transaction, candidate):
+        project.git("reset", "-q", "--hard", "HEAD~2")
+        transaction.record(replace(row(2, candidate, status), note="second"))
+    assert [(kept.number, kept.note) for kept in project.rows()] == [(1, "second")]
+    assert project.rows()[0].status == ("FAIL_CRASH" if status == "PASS" else status)
+    assert project.git("status", "--porcelain") == ""
+    assert audit(project.folder) == []
+
+
+def test_branch_that_was_left_meanwhile_gets_its_row_later(project):
+    project.edit("BLOCK = 32 ", "BLOCK = 64 ")
+    told = "not checked out any more: experiment 1 is judged, the next run finishes"
+    with pytest.raises(Refused, match=told), attempting(project) as (transaction, candidate):
+        project.git("switch", "-q", "-c", "side")
+        transaction.record(row(1, candidate))
+    assert project.git("status", "--porcelain") == " M kernel.py\n"
+    with pytest.raises(Refused, match="git switch main"), attempting(project):
+        pass
+    project.git("switch", "-q", "main")
+    with pytest.raises(ZeroDivisionError), attempting(project):
+        raise ZeroDivisionError
+    assert [kept.status for kept in project.rows()] == ["PASS"]
+    assert project.git("status", "--porcelain") == ""
+
+
+def test_ledger_changed_by_hand_meanwhile_gets_its_row_later(project):
+    attempt(project, 64)
+    text = project.ledger.read_text()
+    project.edit("BLOCK = 64 ", "BLOCK = 16 ")
+    told = r"results.tsv:3: .*: experiment 2 is judged"
+    with pytest.raises(ledger.LedgerError, match=told), attempting(project) as (transaction, candidate):
+        project.ledger.write_text(text + "my remark\n")
+        transaction.record(row(2, candidate, "REGRESSION"))
+    assert project.ledger.read_text() == text + "my remark\n"
+    project.git("checkout", "-q", "results.tsv")
+    with pytest.raises(ZeroDivisionError), attempting(project):
+        raise ZeroDivisionError
+    assert [kept.status for kept in project.rows()] == ["PASS", "REGRESSION"]
+    assert project.git("status", "--porcelain") == ""
+
+
+def test_failure_of_the_judge_undoes_the_attempt(project):
+    project.edit("BLOCK = 32 ", "BLOCK = 64 ")
+    before = project.state()
+    with pytest.raises(ZeroDivisionError), attempting(project):
+        assert "refs/ratchet/1/1" in project.git("for-each-ref")
+        raise ZeroDivisionError
+    assert project.state() == before
+    assert not (project.folder / ".ratchet" / "journal.json").exists()
 
 
 def test_attempts_of_two_branches_do_not_overwrite_each_other(project):
@@ -150,64 +232,19 @@ def test_identity_is_not_needed(project):
 
 def test_bad_row_is_never_written(project):
     project.edit("BLOCK = 32 ", "BLOCK = 64 ")
-    repository = Repository(project.folder)
-    candidate = repository.candidate("first")
     before = project.state()
-    for bad in (row(2, candidate), row(1, candidate, "WON"), row(1, candidate, score=float("inf"))):
-        with exclusive(project.folder), pytest.raises(ledger.LedgerError):
-            repository.record(candidate, bad)
+    for changes in ({"number": 2}, {"status": "WON"}, {"score": float("inf")}):
+        with pytest.raises(ledger.LedgerError), attempting(project) as (transaction, candidate):
+            transaction.record(replace(row(1, candidate), **changes))
     assert project.state() == before
-
-
-# --- killed ---
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL between two steps."""
-
-
-class Mortal(Repository):
-    def _settle(self, head: str, rejected: str) -> None:
-        raise Killed
-
-
-@pytest.mark.parametrize(("status", "block"), [("PASS", "64"), ("REGRESSION", "32")])
-def test_killed_after_the_branch_moved(project, status, block):
-    project.edit("BLOCK = 32 ", "BLOCK = 64 ")
-    repository = Mortal(project.folder)
-    with exclusive(project.folder), pytest.raises(Killed):
-        candidate = repository.candidate("first")
-        repository.record(candidate, row(1, candidate, status))
-    assert not project.ledger.exists()
-    assert project.ratchet("--archive").code == 2  # refused, not made worse
-    Repository(project.folder).finish_interrupted()
-    assert [kept.status for kept in project.rows()] == [status]
-    assert project.git("status", "--porcelain") == ""
-    assert f"BLOCK = {block} " in project.kernel.read_text()
-    Repository(project.folder).check_ready()
-
-
-def test_hand_edit_after_a_kill_is_not_overwritten(project):
-    attempt(project, 64)
-    project.edit("BLOCK = 64 ", "BLOCK = 128 ")
-    repository = Mortal(project.folder)
-    with exclusive(project.folder), pytest.raises(Killed):
-        candidate = repository.candidate("second")
-        repository.record(candidate, row(2, candidate))
-    project.ledger.write_text("mine\n")
-    Repository(project.folder).finish_interrupted()
-    assert project.ledger.read_text() == "mine\n"
-    with pytest.raises(ledger.LedgerError, match=r"^results.tsv:1: "):
-        Repository(project.folder).check_ready()
 
 
 def test_last_row_removed_by_hand_is_not_taken_for_a_kill(project):
     attempt(project, 64)
     text = project.ledger.read_text()
     project.ledger.write_text(text.splitlines(keepends=True)[0])
-    Repository(project.folder).finish_interrupted()
-    with pytest.raises(Refused, match=r"^results.tsv:2: differs from the committed ledger"):
-        Repository(project.folder).check_ready()
+    with pytest.raises(Refused, match=r"^results.tsv:2: differs from the committed ledger"), attempting(project):
+        pass
 
 
 def test_signals_wait_until_the_row_is_durable(project):
@@ -225,10 +262,15 @@ def test_signals_wait_until_the_row_is_durable(project):
     assert done.returncode == -signal.SIGTERM
 
 
-def test_lock_of_a_dead_experiment_is_free(project):
-    with exclusive(project.folder):
-        assert (project.folder / ".ratchet" / "lock").read_text() == str(os.getpid())
-        with pytest.raises(Refused, match=f"process {os.getpid()}"), exclusive(project.folder):
+def test_lock_knows_its_owner(project):
+    repository = Repository(project.folder)
+    lock = project.folder / ".git" / "ratchet.lock"
+    with repository.exclusive("first\nof two"):
+        owner = json.loads(lock.read_text())
+        assert (owner["pid"], owner["host"], owner["label"]) == (os.getpid(), socket.gethostname(), "first of two")
+        told = f"process {os.getpid()} on .*, since .*: 'first of two'"
+        with pytest.raises(Refused, match=told), repository.exclusive("second", wait=False):
             pass
-    with exclusive(project.folder):
+    assert lock.read_text() == ""
+    with repository.exclusive("second", wait=False):
         pass

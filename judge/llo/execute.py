@@ -1,12 +1,13 @@
 """Executes a compiled schedule on a machine described as data and counts its cycles.
 
-Covered: scalars, predicates, SMEM with the real prefetched arrays, branches with their delay slots, sync flags, and
-asynchronous DMAs that share one HBM path and complete on their flag. Every bundle costs a cycle.
-Not covered: stalls on vector, matrix and transpose results, VMEM port conflicts, a second core, copies between chips.
+Covered: scalars, predicates, SMEM with the real prefetched arrays, branches with their delay slots, sync flags,
+asynchronous DMAs (dma.py), and in-order issue held back by results and units (issue.py).
+Not covered: VMEM port conflicts, a second core, copies between chips.
 A value that comes from vector registers is UNKNOWN: it may be computed with, but not steer a branch, an address or a
 size. Anything unknown raises; there is never a silent guess.
 """
 
+import math
 import re
 import time
 from collections import Counter
@@ -15,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from judge.llo.dma import CopyError, DmaEngine, DmaRecord
+from judge.llo.issue import Issue
 from judge.llo.machine import Machine
 from judge.llo.parse import Allocation, Dump
 from judge.llo.translate import Translator
@@ -46,17 +49,13 @@ class _Unknown:
 UNKNOWN = _Unknown()
 
 
-@dataclass(frozen=True, kw_only=True)
-class DmaRecord:
-    """One copy: times in cycles since the program's start."""
+@dataclass(kw_only=True, slots=True)
+class Wait:
+    """One wait of the schedule, over all times that it ran."""
 
-    kind: str
-    issue_cycle: float
-    transfer_cycle: float  # its turn on the shared path begins
-    transferred_cycle: float  # and ends
-    done_cycle: float  # its flag is raised
-    size_bytes: int
-    flag: int
+    count: int = 0
+    cycles: int = 0  # beyond the bundle's own
+    flags: set[int] = field(default_factory=set)
 
 
 @dataclass(kw_only=True)
@@ -68,22 +67,25 @@ class Execution:
     hbm_written_bytes: int = 0
     dma_count: int = 0
     dma_wait_cycles: float = 0.0
+    waits: dict[int, Wait] = field(default_factory=dict)  # bundle of a dma.done.wait → what became of it
+    stalls: Counter[tuple[int, str]] = field(default_factory=Counter)  # (bundle, cause) → cycles lost before it
     bundle_runs: Counter[int] = field(default_factory=Counter)  # block address → runs
     block_bundles: dict[int, tuple[int, ...]] = field(default_factory=dict)
     dmas: list[DmaRecord] = field(default_factory=list)  # the first `_RECORDED`
     blocks: list[tuple[int, float, float]] = field(default_factory=list)  # (address, start, end), long ones
 
-    def slot_uses(self, rows: list[tuple[int, ...]]) -> np.ndarray:
-        """Slots of each unit executed: Σ over bundles of runs × slots used. `rows`: parse_utilization's second."""
+    def slot_uses(self, rows: np.ndarray) -> np.ndarray:
+        """Slots of each unit executed: Σ over bundles of runs × slots used. `rows`: (bundles, units), slots used."""
         runs = np.zeros(len(rows), np.int64)
         for address, count in self.bundle_runs.items():
             runs[list(self.block_bundles[address])] += count
-        return runs @ np.asarray(rows, np.int64)
+        return runs @ rows
 
 
 _SMEM_WORDS = 1 << 18
 _SMEM_SCOPED = 1 << 12  # first word of the program's own buffers
 _VMEM_ROW_BYTES = 512
+_STEP_BYTES = 512  # unit of a strided copy's runs
 _RECORDED = 50_000
 _BLOCK_BUNDLES_SHOWN = 64  # shorter blocks would drown the timeline
 _MAX_BLOCK_RUNS = 300_000_000
@@ -99,9 +101,7 @@ class _Core:
         self.smem: list[Any] = [UNKNOWN] * _SMEM_WORDS
         self.smem[0] = 0  # chip id
         self.smem[1] = 0  # core index
-        self.flags: Counter[int] = Counter()
-        self.pending: dict[int, list[tuple[float, int]]] = {}
-        self.path_free = 0.0
+        self.engine = DmaEngine(machine)
         self.operands: dict[int, Any] = {}  # index → register value
         self.contents: list[tuple[int, int, np.ndarray]] = []  # (first granule, granules, words)
 
@@ -124,67 +124,56 @@ class _Core:
 
     # --- sync flags ---
 
-    def _settle(self, flag: int, now: float) -> None:
-        waiting = self.pending.get(flag)
-        while waiting and waiting[0][0] <= now:
-            self.flags[flag] += waiting.pop(0)[1]
-
     def read_flag(self, flag: int, now: float) -> int:
-        flag = flag.__index__()
-        self._settle(flag, now)
-        return self.flags[flag] & 0xFFFFFFFF
+        return self.engine.read(flag.__index__(), now) & 0xFFFFFFFF
 
     def set_flag(self, flag: int) -> None:
-        self.flags[flag.__index__()] = 0
+        self.engine.flags[flag.__index__()] = 0
 
     def add_flag(self, flag: int, count: int) -> None:
-        self.flags[flag.__index__()] += _signed(count.__index__())
+        self.engine.flags[flag.__index__()] += _signed(count.__index__())
 
-    def wait(self, flag: int, count: int, now: float) -> float:
-        """Time at which the flag has reached `count`: now, or when the copies it needs are done."""
+    def wait(self, flag: int, count: int, issued: int, address: int) -> int:
+        """The first cycle after a wait that issues at `issued`."""
         flag, count = flag.__index__(), _signed(count.__index__())
-        self._settle(flag, now)
-        start = now
-        waiting = self.pending.get(flag, [])
-        while self.flags[flag] < count:
-            if not waiting:
-                raise ExecutionError(
-                    f"deadlock: sync flag {flag} is {self.flags[flag]}, waited for {count}, no copy due"
-                )
-            now, granules = waiting.pop(0)
-            self.flags[flag] += granules
-        now += self.machine.wait_cycles - 1  # the bundle itself is the other cycle
-        self.result.dma_wait_cycles += now - start
-        return now
+        try:
+            end = math.ceil(self.engine.wait(flag, count, issued))
+        except CopyError as error:
+            raise ExecutionError(str(error)) from None
+        end += self.machine.wait_cycles
+        waited = end - issued - 1  # the bundle itself is the other cycle
+        self.result.dma_wait_cycles += waited
+        wait = self.result.waits.get(address)
+        if wait is None:
+            wait = self.result.waits[address] = Wait()
+        wait.count += 1
+        wait.cycles += waited
+        wait.flags.add(flag)
+        return end
 
     # --- DMA ---
 
-    def copy(self, kind: str, source: int, target: int, granules: int, flag: int, now: float) -> None:
-        """Starts a copy: it takes its turn on the shared path, then its latency, then adds its granules to `flag`."""
+    def copy(self, kind: str, source: int, target: int, granules: int, flag: int, steps: int | None, now: int) -> None:
+        """Starts a copy, in contiguous runs of `steps` × 512 bytes where it is strided."""
         granules, flag = granules.__index__(), flag.__index__()
-        cost = self.machine.dma[kind]
         size_bytes = granules * self.machine.granule_bytes
-        start = max(now, self.path_free)
-        self.path_free = start + size_bytes / cost.bytes_per_cycle
-        done = self.path_free + cost.latency_cycles
+        runs = 1 if steps is None else max(1, -(-size_bytes // max(1, steps.__index__() * _STEP_BYTES)))
+        begin, end, done = self.engine.start(kind, granules, runs, flag, now)
         result = self.result
         result.dma_count += 1
-        from_space, _, to_space = kind.partition("_to_")
-        result.hbm_read_bytes += size_bytes * (from_space == "hbm")
-        result.hbm_written_bytes += size_bytes * (to_space == "hbm")
-        if to_space == "smem":
+        if kind.startswith("hbm"):
+            result.hbm_read_bytes += size_bytes
+        if kind.endswith("hbm"):
+            result.hbm_written_bytes += size_bytes
+        if kind.endswith("smem"):
             self._fill_smem(source, target.__index__(), granules)
-        waiting = self.pending.setdefault(flag, [])
-        waiting.append((done, granules))
-        if len(waiting) > 1 and waiting[-2][0] > done:
-            waiting.sort()
         if len(result.dmas) < _RECORDED:
             result.dmas.append(
                 DmaRecord(
                     kind=kind,
                     issue_cycle=now,
-                    transfer_cycle=start,
-                    transferred_cycle=self.path_free,
+                    transfer_cycle=begin,
+                    transferred_cycle=end,
                     done_cycle=done,
                     size_bytes=size_bytes,
                     flag=flag,
@@ -210,7 +199,7 @@ class _Core:
 
     def check_exit(self) -> None:
         """Every copy that was started must have been waited for: its time would otherwise be free."""
-        for flag, waiting in self.pending.items():
+        for flag, waiting in self.engine.pending.items():
             if waiting:
                 raise ExecutionError(f"{len(waiting)} copies on sync flag {flag} are never waited for")
 
@@ -233,16 +222,18 @@ def execute(
     core = _Core(machine, dump, result)
     symbols = _place_allocations(dump, allocations)
     _place_operands(core, words)
-    blocks = Translator(dump, machine, symbols).blocks()
+    issue = Issue(dump, machine)
+    blocks = Translator(dump, machine, symbols, issue).blocks()
     result.block_bundles = {address: block.bundle_indices for address, block in blocks.items()}
-    functions = _compile(blocks)
+    functions = _compile(blocks, issue)
     long_blocks = {address for address, block in blocks.items() if len(block.bundle_indices) >= _BLOCK_BUNDLES_SHOWN}
     scalars: list[Any] = [UNKNOWN] * 32
     predicates: list[Any] = [UNKNOWN] * 32
     results: dict[str, Any] = {}
     runs = result.bundle_runs
     deadline = time.monotonic() + limit_seconds
-    now, address, count = 0.0, 0, 0
+    now = 0
+    address, count, state = 0, 0, issue.start
     while address >= 0:
         function = functions.get(address)
         if function is None:
@@ -252,7 +243,7 @@ def execute(
         runs[address] += 1
         start, here = now, address
         try:
-            address, now = function(core, scalars, predicates, results, now)
+            address, now, state = function(core, scalars, predicates, results, now, state)
         except ExecutionError as error:
             raise ExecutionError(f"{dump.path.name}: in the block at bundle {here:#x}: {error}") from None
         if here in long_blocks and len(result.blocks) < _RECORDED:
@@ -261,7 +252,8 @@ def execute(
         if count % 65536 == 0 and (time.monotonic() > deadline or count > _MAX_BLOCK_RUNS):
             raise ExecutionError(f"{dump.path.name}: still running after {now:.3g} cycles; the loop may never end")
     core.check_exit()
-    result.cycles = now
+    result.cycles = float(now)
+    result.stalls = issue.stalls()
     return result
 
 
@@ -285,8 +277,9 @@ def _popped(results: Any) -> Any:
     return results.pop(0)
 
 
-def _compile(blocks: dict[int, Any]) -> dict[int, Any]:
+def _compile(blocks: dict[int, Any], issue: Issue) -> dict[int, Any]:
     scope: dict[str, Any] = {
+        "I": issue,
         "UNKNOWN": UNKNOWN,
         "signed": _signed,
         "divided": _divided,

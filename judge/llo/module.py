@@ -7,7 +7,7 @@ starts, so that moving work beside the kernel is never free.
 import glob
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from judge.compile import op_of_dump
 from judge.llo.execute import Execution, ExecutionError, execute
+from judge.llo.ici import COLLECTIVES, collective_seconds, group_size
 from judge.llo.machine import Machine
 from judge.llo.parse import ParseError, parse_allocations, parse_dump, parse_utilization
 
@@ -83,7 +84,8 @@ class ModuleCost:
         return max((op.vmem_bytes for op in self.ops), default=0)
 
 
-_FREE = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "copy-done", "slice-done", "opt-barrier"}
+_FREE = {f"{name}-done" for name in COLLECTIVES}
+_FREE |= {"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "copy-done", "slice-done", "opt-barrier"}
 _FREE_CUSTOM_CALLS = ("ConcatBitcast", "AllocateBuffer")  # names for memory that is already in place
 _PASSES_VALUES = {"bitcast", "copy", "copy-done", "copy-start", "reshape", "opt-barrier"}
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%([\w.\-]+) = (\S.*?) ([a-z][a-z0-9\-]*)\((.*)$")
@@ -139,7 +141,9 @@ def module_cost(folder: Path, machine: Machine, integers: dict[int, np.ndarray])
     dumps = _dumps_by_op(folder, hlo, by_name)
     costs = []
     for op in ops:
-        if op.name in dumps:
+        if op.opcode.removesuffix("-start") in COLLECTIVES:
+            costs.append(_collective(op, machine))
+        elif op.name in dumps:
             values = {
                 i: words for i, name in enumerate(op.operands) if (words := _words(by_name, name, integers)) is not None
             }
@@ -191,17 +195,17 @@ def _executed(op: Op, path: Path, machine: Machine, values: dict[int, np.ndarray
     if len(rows) != len(dump.bundles):
         raise ExecutionError(f"{path.name}: {len(dump.bundles)} bundles, but {len(rows)} rows of utilisation")
     execution = execute(dump, allocations, values, machine)
-    units = list(capacity)
-    spills = sum(row[units.index(unit)] for row in rows for unit in ("VLOAD:FILL", "VSTORE:SPILL"))
+    units, used = list(capacity), np.asarray(rows, np.int64)
+    spills = int(used[:, [units.index(unit) for unit in ("VLOAD:FILL", "VSTORE:SPILL")]].sum())
     return OpCost(
         op=op,
         cycles=execution.cycles,
         hbm_read_bytes=execution.hbm_read_bytes,
         hbm_written_bytes=execution.hbm_written_bytes,
         execution=execution,
-        slot_uses=dict(zip(units, map(int, execution.slot_uses(rows)), strict=True)),
+        slot_uses=dict(zip(units, map(int, execution.slot_uses(used)), strict=True)),
         block_slots={
-            address: dict(zip(units, np.asarray(rows)[list(bundles)].sum(axis=0).tolist(), strict=True))
+            address: dict(zip(units, used[list(bundles)].sum(axis=0).tolist(), strict=True))
             for address, bundles in execution.block_bundles.items()
         },
         spill_slots=spills,
@@ -227,6 +231,20 @@ def _copied(op: Op, machine: Machine) -> OpCost:
 def _scalar_copied(op: Op, machine: Machine) -> OpCost:
     """A kernel's operand in scalar memory: the top-level program fetches it by one copy through VMEM."""
     return _one_copy(op, machine, "hbm", "vmem", _size_bytes(op, _SHAPE.findall(op.type)[0]))
+
+
+def _collective(op: Op, machine: Machine) -> OpCost:
+    """A collective, charged in full where it starts: by the larger of what goes in and what comes out."""
+    kind = op.opcode.removesuffix("-start")
+    size_bytes = max((_size_bytes(op, shape) for shape in _SHAPE.findall(op.type)), default=0)
+    try:
+        chips = group_size(op.text)
+        if kind == "reduce-scatter":
+            size_bytes *= chips
+        seconds = collective_seconds(kind, size_bytes, chips, machine.ici)
+    except ValueError as error:
+        raise ExecutionError(f"HLO op {op.name}: {error}") from error
+    return replace(_one_copy(op, machine, "hbm", "vmem", 0), cycles=seconds * machine.clock_hz)
 
 
 def _one_copy(op: Op, machine: Machine, source: str, target: str, size_bytes: int) -> OpCost:

@@ -22,6 +22,7 @@ class Slot:
     result: str  # the compiler's own name of the result; FIFO pops refer to it
     opcode: str
     rest: str  # operands, predicates and named arguments, as text
+    source: tuple[str, int] | None = None  # base name and line of the Python expression that it comes from
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +36,7 @@ class Bundle:
     slots: tuple[Slot, ...]
     regions: tuple[int, ...]  # regions that start here: targets of sbr.rel
     opens_region: bool  # one of them has bundles of its own
-    closes_region: bool  # a region that began at an earlier bundle ends here
+    ends: tuple[int, ...]  # regions that end here and began at an earlier bundle
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,8 @@ class Dump:
 
 _NAMED_ARGUMENT = re.compile(r"/\*([a-zA-Z_0-9]+)=\*/")
 _DIVISION_RESULT = re.compile(r"/\* (k(?:Div|Rem|DivAndRem)) \*/")  # which results of sdivrem are popped
+# Directly behind a slot, alone in its comment; elsewhere (a phi's operands, bounds checks) it says something else.
+_SOURCE = re.compile(r"/\* loc\(\"(?:[^\"]*/)?([^\"/\0]*)\":(\d+):[^()\"]*\) \*/")
 _BUNDLE = re.compile(r"^\s*(0x[0-9a-f]+|0)\s+([A-Z]{2})?\s*: ([> ]*)\{(.*)\}\s*$", re.S)
 _SLOT = re.compile(r"^%(\w+?)(?:_(s\d+|p\d+|vm\d+|v\d+))? = ([a-zA-Z][\w.\-]*)(.*)$", re.S)
 _REGION = re.compile(r"Start(/End empty)? region (\d+)")
@@ -94,7 +97,7 @@ def parse_dump(path: Path) -> Dump:
                 slots=tuple(_slot(path, line, text) for text in body.split(";;") if text.strip()),
                 regions=tuple(int(region) for _, region in _REGION.findall(comment)),
                 opens_region="Start region" in comment,
-                closes_region=bool(set(_REGION_END.findall(comment)) - set(_REGION_START.findall(comment))),
+                ends=_earlier_ends(comment),
             )
         )
     if not bundles:
@@ -103,12 +106,21 @@ def parse_dump(path: Path) -> Dump:
     return Dump(path=path, bundles=tuple(bundles), region_address=region_address)
 
 
+def _earlier_ends(comment: str) -> tuple[int, ...]:
+    started = set(_REGION_START.findall(comment))
+    return tuple(int(region) for region in _REGION_END.findall(comment) if region not in started)
+
+
 def _slot(path: Path, line: int, text: str) -> Slot:
+    source = None
+    if "\0" in text:  # code, file, line, code
+        parts = text.split("\0")
+        text, source = "".join(parts[::3]), (parts[1], int(parts[2]))
     match = _SLOT.match(text.strip())
     if match is None:
         raise ParseError(f"{path.name}:{line}: not an instruction: {text.strip()[:120]!r}")
     result, register, opcode, rest = match.groups()
-    return Slot(register=register, result=result, opcode=opcode, rest=" ".join(rest.split()))
+    return Slot(register=register, result=result, opcode=opcode, rest=" ".join(rest.split()), source=source)
 
 
 def _statements(path: Path) -> list[tuple[int, str, str]]:
@@ -117,6 +129,8 @@ def _statements(path: Path) -> list[tuple[int, str, str]]:
     depth = 0
     for number, raw in enumerate(path.read_text().splitlines(), 1):
         text = _DIVISION_RESULT.sub(r", kind=\1", _NAMED_ARGUMENT.sub(r" \1=", raw))
+        if "/* loc(" in text:
+            text = _SOURCE.sub("\0\\1\0\\2\0", text)
         if depth == 0:
             if _HEADER.match(text.strip()):
                 continue

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from judge.llo.issue import Issue, Stretch
 from judge.llo.machine import Machine
 from judge.llo.parse import Bundle, Dump, Slot
 
@@ -22,7 +23,11 @@ class Untranslatable(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """`source` defines `block_<address>(M, s, p, m, t) -> (next address or -1, t)`."""
+    """`source` defines `block_<address>(M, s, p, m, t, q) -> (next address or -1, t, q)`.
+
+    t is the first cycle in which it may issue, q the issue state (issue.State). Between waits a block is one stretch:
+    `r = q.get(n) or I.run(n, q)` gives its state afterwards, its cycles, and when the bundles with effects issue.
+    """
 
     address: int
     source: str
@@ -94,8 +99,9 @@ class Translator:
     `symbols` maps allocation names to addresses in their space's own units: SMEM words, VMEM rows, flag numbers.
     """
 
-    def __init__(self, dump: Dump, machine: Machine, symbols: dict[str, int]) -> None:
+    def __init__(self, dump: Dump, machine: Machine, symbols: dict[str, int], issue: Issue) -> None:
         self.dump = dump
+        self.issue = issue
         self.machine = machine
         self.symbols = symbols
         self.entries = self._entries()
@@ -136,81 +142,83 @@ class Translator:
             if bundle.label or (bundle.slots and bundle.opens_region):
                 break
             slots.append(bundle.address)
-            if not bundle.slots and not any(later.closes_region and later.slots for later in window[i:]):
+            if not bundle.slots and not any(self._ends_around(later, address) for later in window[i:]):
                 break
         return slots
 
+    def _ends_around(self, bundle: Bundle, address: int) -> bool:
+        """Whether a region that began at or before `address` ends in `bundle`."""
+        begins = self.dump.region_address
+        return bool(bundle.slots) and any(begins.get(region, address + 1) <= address for region in bundle.ends)
+
     def _block(self, entry: int) -> Block:
-        lines: list[str] = []
-        issued: list[int] = []
-        offset = 0  # cycles since `t`
+        block = _BlockSource(self.issue)
         branch: tuple[Bundle, Slot] | None = None
         remaining: list[int] = []
-        address = entry
+        issued: list[int] = []
+        address, following = entry, "-1"
         while address < len(self.dump.bundles):
             bundle = self.dump.bundles[address]
-            waits, body = self._bundle(bundle, offset)
             here = _branch_of(bundle)
             if here is not None:
                 if branch is not None:
                     raise self._unknown(bundle, here, "branch in the delay slots of another")
                 branch = (bundle, here)
-                lines.append(f"taken = {self._arguments(bundle, here)[0] or True}")
+                block.lines.append(f"taken = {self._arguments(bundle, here)[0] or True}")
                 remaining = self._delay_slots(address)
-            lines += body
-            if waits:
-                offset = 0
-            if here is not None:
-                # Merged empty bundles stand for as many cycles as the delay has left.
-                offset += self.machine.branch_delay_bundles - len(remaining)
+            waits, lines = self._bundle(bundle)
+            if waits and here is not None:
+                raise self._unknown(bundle, here, "branch beside a wait")
+            # Merged empty bundles stand for as many cycles as the delay has left.
+            gap = self.machine.branch_delay_bundles - len(remaining) if here and self.machine.rule != "compiler" else 0
+            block.add(address, lines, waits=waits, gap=gap, delay=branch is not None and not bundle.slots)
             issued.append(address)
-            offset += 1
             address += 1
             if branch is not None and (not remaining or address > remaining[-1]):
-                lines.append(f"t += {offset}")
-                lines.append(f"return ({self._target(*branch)} if taken else {address}), t")
+                following = f"({self._target(*branch)} if taken else {address})"
                 break
             if branch is None and address in self.entries:
-                lines.append(f"t += {offset}")
-                lines.append(f"return {address}, t")
+                following = str(address)
                 break
-        else:
-            lines += [f"t += {offset}", "return -1, t"]
-        source = f"def block_{entry}(M, s, p, m, t):\n" + "".join(f"    {line}\n" for line in lines)
+        block.end(following)
+        source = f"def block_{entry}(M, s, p, m, t, q):\n" + "".join(f"    {line}\n" for line in block.lines)
         return Block(address=entry, source=source, bundle_indices=tuple(issued))
 
     # --- bundles ---
 
-    def _bundle(self, bundle: Bundle, offset: int) -> tuple[bool, list[str]]:
-        """(whether it waits, Python lines): values are computed first, then effects run, then registers change."""
+    def _bundle(self, bundle: Bundle) -> tuple[bool, list[str]]:
+        """(whether it waits, Python lines): values are computed first, then effects run, then registers change.
+
+        "@" in a line is the time of issue; a wait sets `u`, the first cycle after it.
+        """
         before: list[str] = []  # operands are in their registers when the program starts
         values: list[tuple[str, str]] = []
         effects: list[str] = []
         waits = False
         for slot in bundle.slots:
             if slot.opcode.startswith(("dma.done.wait", "vwait")):
-                effects.append(self._wait(bundle, slot, offset))
+                effects.append(self._wait(bundle, slot))
                 waits = True
             else:
                 for kind, target, text in self._slot(bundle, slot):
                     if kind == "before":
                         before.append(text)
                     elif kind == "value":
-                        values.append((target, text.replace("@", f"t + {offset}")))
+                        values.append((target, text))
                     else:
-                        effects.append(text.replace("@", "t" if waits else f"t + {offset}"))
+                        effects.append(text)
         if values and not effects:
             return waits, [*before, f"{', '.join(v[0] for v in values)} = {', '.join(v[1] for v in values)}"]
         computed = [f"x{i} = {text}" for i, (_, text) in enumerate(values)]
         assigned = [f"{target} = x{i}" for i, (target, _) in enumerate(values)]
         return waits, before + computed + effects + assigned
 
-    def _wait(self, bundle: Bundle, slot: Slot, offset: int) -> str:
+    def _wait(self, bundle: Bundle, slot: Slot) -> str:
         predicate, arguments = self._arguments(bundle, slot)
         if slot.opcode not in _WAITS:
             raise self._unknown(bundle, slot, "sync instruction")
         flag, count = (self._value(bundle, slot, text) for text in arguments[:2])
-        return f"t = M.wait({flag}, {count}, t + {offset}) if {predicate or 'True'} else t + {offset}"
+        return f"{f'if {predicate}: ' if predicate else ''}u = max(u, M.wait({flag}, {count}, @, {bundle.address}))"
 
     def _slot(self, bundle: Bundle, slot: Slot) -> Iterator[tuple[str, str, str]]:
         """(kind, register, text) of one slot: "value" an expression for a register, "effect" a statement, "before" a
@@ -222,7 +230,7 @@ class Translator:
             yield "before", "", f"{_place(slot)} = M.operand({self._operand_index(bundle, slot)})"
             return
         if opcode.startswith("int_to_ptr."):
-            self._check_alias(bundle, slot)
+            yield from self._pointer(bundle, slot)
             return
         scalar = slot.register is not None and _SCALAR_RESULT.match(slot.register)
         if not scalar and _VECTOR.match(opcode) and opcode != "vpush" and not opcode.startswith(("vsync", "vwait")):
@@ -310,7 +318,8 @@ class Translator:
             raise self._unknown(bundle, slot, f"DMA without {', '.join(missing)}")
         kind = "hbm_to_hbm" if opcode == "dma.general" else opcode.removeprefix("dma.")
         values = (self._value(bundle, slot, named[name]) for name in needed)
-        return f"M.copy('{kind}', {', '.join(values)}, @)"
+        steps = self._value(bundle, slot, named["steps_per_stride"]) if "steps_per_stride" in named else "None"
+        return f"M.copy('{kind}', {', '.join(values)}, {steps}, @)"
 
     # --- operands ---
 
@@ -378,13 +387,65 @@ class Translator:
             raise self._unknown(bundle, slot, "operand without an index")
         return match[1]
 
-    def _check_alias(self, bundle: Bundle, slot: Slot) -> None:
+    def _pointer(self, bundle: Bundle, slot: Slot) -> Iterator[tuple[str, str, str]]:
+        """A pointer cast: nothing where it names a register of its own bundle anew, else a move."""
         _, arguments = self._arguments(bundle, slot)
-        if self._register(bundle, slot, arguments[0]) != _place(slot):
-            raise self._unknown(bundle, slot, "pointer cast between two registers")
+        source = self._value(bundle, slot, arguments[0])
+        if source != _place(slot):
+            yield "value", _place(slot), source
 
     def _unknown(self, bundle: Bundle, slot: Slot, what: str) -> Untranslatable:
         return Untranslatable(f"{self.dump.path.name}:{bundle.line}: unknown {what}: {slot.opcode} {slot.rest}"[:300])
+
+
+class _BlockSource:
+    """The Python lines of one block, and the stretches that time it."""
+
+    def __init__(self, issue: Issue) -> None:
+        self.issue = issue
+        self.lines: list[str] = []
+        self._bundles: list[int] = []
+        self._gaps: dict[int, int] = {}
+        self._delays: set[int] = set()
+        self._interest: list[int] = []
+        self._first_line = 0
+
+    def add(self, address: int, lines: list[str], *, waits: bool, gap: int, delay: bool) -> None:
+        self._bundles.append(address)
+        if gap:
+            self._gaps[address] = gap
+        if delay:
+            self._delays.add(address)
+        timed = any("@" in line for line in lines)
+        if timed:
+            self._interest.append(address)
+            index = 2 + len(self._interest)
+            lines = [line.replace("@", f"t + r[{index}]") for line in lines]
+        if not waits:
+            self.lines += lines
+            return
+        self._close()
+        # The wait is the stretch's last bundle: what comes after it begins when it ends, at u.
+        self.lines += ["u = t + r[2]", *lines, "q = r[1] if u == t + r[2] else I.later(r[1], u - t - r[2])", "t = u"]
+        self._first_line = len(self.lines)
+
+    def end(self, following: str) -> None:
+        if self._bundles:
+            self._close()
+            self.lines += ["t += r[2]", "q = r[1]"]
+        self.lines.append(f"return {following}, t, q")
+
+    def _close(self) -> None:
+        stretch = Stretch(
+            bundles=tuple(self._bundles),
+            gaps=self._gaps,
+            delays=frozenset(self._delays),
+            interest=tuple(self._interest),
+        )
+        number = self.issue.add(stretch)
+        self.lines.insert(self._first_line, f"r = q.get({number}) or I.run({number}, q)")
+        self.lines.insert(self._first_line + 1, "r[0] += 1")
+        self._bundles, self._gaps, self._delays, self._interest = [], {}, set(), []
 
 
 def _place(slot: Slot) -> str:

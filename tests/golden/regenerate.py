@@ -1,10 +1,11 @@
 """Compiles small Pallas kernels ahead of time for every chip and rewrites the golden dumps beside this file.
 
-    python tests/golden/regenerate.py [--out FOLDER] [--chips v5e,tpu7x] [--fresh]
+    python tests/golden/regenerate.py [--out FOLDER] [--chips v5e,tpu7x] [--fresh] [--cycles-only]
 
 Each golden kernel shows one behaviour of the schedules that judge/llo reads; its copies and bytes follow from the
 Python below, not from the executor. `expected.json` has the predicted cycles. People review the diff. `--fresh`
-compiles the larger kernels instead, which the tests compile anew each time and nobody keeps.
+compiles the larger kernels instead, which the tests compile anew each time and nobody keeps. `--cycles-only` leaves
+the dumps as they are and rewrites `expected.json` from them, in seconds: after a change of the machine's figures.
 """
 
 import argparse
@@ -488,22 +489,32 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE, help="folder to write to (default: beside this file)")
     parser.add_argument("--chips", default=",".join(CHIPS), help="comma-separated")
     parser.add_argument("--fresh", action="store_true", help="the larger kernels that are not kept")
+    parser.add_argument(
+        "--cycles-only", action="store_true", help="compile nothing: what the dumps that are there cost"
+    )
     arguments = parser.parse_args()
     cases = FRESH if arguments.fresh else GOLDEN
     jax_shims.set_environment()
-    expected: dict[str, dict[str, float]] = {}
+    written = arguments.out / "expected.json"
+    # where no dump goes, chips that are left out keep what they had
+    before = json.loads(written.read_text()) if arguments.cycles_only and written.exists() else {}
+    expected: dict[str, dict[str, float]] = {name: before.get(name, {}) for name in cases}
     with tempfile.TemporaryDirectory() as dump:
         os.environ["LIBTPU_INIT_ARGS"] = (
             f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final"
         )
         for name, case in cases.items():
-            shutil.rmtree(arguments.out / name, ignore_errors=True)
+            if not arguments.cycles_only:
+                shutil.rmtree(arguments.out / name, ignore_errors=True)
             for chip in arguments.chips.split(","):
                 folder = arguments.out / name / chip
-                compile_case(case, chip, Path(dump), folder)
+                if not arguments.cycles_only:
+                    compile_case(case, chip, Path(dump), folder)
+                elif not (folder / "hlo.txt").exists():
+                    parser.error(f"no dumps in {folder}; without --cycles-only, they are compiled")
                 cost = module_cost(folder, load_machine(chip), case.scalars)
-                expected.setdefault(name, {})[chip] = round(cost.cycles, 3)
-    (arguments.out / "expected.json").write_text(json.dumps(expected, indent=2) + "\n")
+                expected[name][chip] = round(cost.cycles, 3)
+    written.write_text(json.dumps(expected, indent=2) + "\n")
 
 
 if __name__ == "__main__":
