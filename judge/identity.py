@@ -51,7 +51,8 @@ def root_of(script: Path) -> Path:
 
 def findings(root: Path) -> Iterator[str]:
     """What stands in for something else, by name. Only looks."""
-    for path in (*judge_files(root), root / "judge", root / "kernel.py", root / "results.tsv", root / COPIES[0]):
+    own = [root / name for name in (*COMMANDS, "judge", "kernel.py", "results.tsv", COPIES[0])]
+    for path in (*own, *sorted((root / "judge").rglob("*"))):
         for part in (path, *path.parents):
             if part == root or root not in part.parents:
                 break
