@@ -139,6 +139,8 @@ def strict_set(sealed: ModuleType, arguments: dict[str, Any], secret: int) -> tu
 
 def check(sealed: ModuleType, request: dict[str, Any]) -> dict[str, Any]:
     """Runs every workload's CPU artifact on every check set. Raises Mismatch."""
+    from judge import expected
+
     count = 0
     for name, arguments in workloads_of(sealed).items():
         if name not in request["workloads"]:
@@ -148,11 +150,31 @@ def check(sealed: ModuleType, request: dict[str, Any]) -> dict[str, Any]:
             inputs = inputs_of(sealed, seed, changed)
             program.check_shapes(inputs, label)
             where = f"workload {name}, check {label!r}"
-            got, want = _agree(sealed, program, inputs, where)
             if seed == request["secret"]:
+                got, want = _agree(sealed, program, inputs, where)
                 _probe(sealed, program, inputs, (got, want), request["secret"], where)
+            else:
+                kept = expected.file_name(name, label, seed, changed)
+                _agree_with_kept(sealed, program, inputs, where, (request.get("expected"), request["out"], kept))
             count += 1
     return {"status": "PASS", "checks": count}
+
+
+def _agree_with_kept(
+    sealed: ModuleType, program: "_Program", inputs: list[np.ndarray], where: str, kept: tuple[str | None, str, str]
+) -> None:
+    """The same against the outputs kept in (folder to read, folder to write, name). Raises Mismatch."""
+    from judge import expected
+
+    known, new, name = kept
+    got = program(inputs, where)
+    want = expected.load(Path(known) / name, got, program.tree) if known else None
+    if want is None:
+        want = _reference(sealed, program, inputs, where)
+        tolerances = tolerances_of(sealed, len(want))
+        exact = [_is_exact(w, tolerance) for w, tolerance in zip(want, tolerances, strict=True)]
+        expected.save(Path(new) / name, program.tree, want, exact)
+    _compare_all(sealed, got, want, inputs, where)
 
 
 class _Program:
@@ -188,20 +210,31 @@ def _agree(
     sealed: ModuleType, program: _Program, inputs: list[np.ndarray], where: str
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """(got, expected) for these inputs. Raises Mismatch where they differ."""
+    got = program(inputs, where)
+    want = _reference(sealed, program, inputs, where)
+    _compare_all(sealed, got, want, inputs, where)
+    return got, want
+
+
+def _reference(sealed: ModuleType, program: _Program, inputs: list[np.ndarray], where: str) -> list[np.ndarray]:
+    """The oracle's outputs. Raises Mismatch where the program's have another tree."""
     import jax
 
-    got = program(inputs, where)
     # What kernel_fn gets on a chip: NumPy's own promotion would make float64 of int32 × float32.
     want, tree = jax.tree.flatten(sealed.reference_fn(*map(jax.numpy.asarray, inputs)))
     if str(tree) != program.tree:
         raise Mismatch(f"{where}: kernel_fn returns {program.tree}, reference_fn {tree}")
+    return [np.asarray(leaf) for leaf in want]
+
+
+def _compare_all(
+    sealed: ModuleType, got: list[np.ndarray], want: list[np.ndarray], inputs: list[np.ndarray], where: str
+) -> None:
     if len(got) != len(want):
         raise Mismatch(f"{where}: {len(got)} outputs, reference_fn has {len(want)}")
     tolerances, lowest = tolerances_of(sealed, len(want)), lowest_precision(inputs)
-    expected = [np.asarray(leaf) for leaf in want]
-    for i, (g, w) in enumerate(zip(got, expected, strict=True)):
+    for i, (g, w) in enumerate(zip(got, want, strict=True)):
         compare(g, w, tolerances[i], lowest, f"{where}, output {i}")
-    return got, expected
 
 
 def _probe(
@@ -306,6 +339,11 @@ def limits(tolerance: Any, want: np.ndarray, lowest: str) -> tuple[float, float]
     return relative, relative * rms
 
 
+def _is_exact(output: np.ndarray, tolerance: Any) -> bool:
+    """Whether it must equal the oracle's to the bit."""
+    return output.dtype.kind in "iub" or (not isinstance(tolerance, Mapping) and tolerance == 0)
+
+
 def compare(got: np.ndarray, want: np.ndarray, tolerance: Any, lowest: str, where: str) -> None:
     """Raises Mismatch that names the worst element."""
     if got.shape != want.shape or got.dtype != want.dtype:
@@ -315,7 +353,7 @@ def compare(got: np.ndarray, want: np.ndarray, tolerance: Any, lowest: str, wher
     bits = f"u{got.dtype.itemsize}" if got.dtype.itemsize in (1, 2, 4, 8) else got.dtype
     if np.array_equal(np.ascontiguousarray(got).view(bits), np.ascontiguousarray(want).view(bits)):
         return
-    if got.dtype.kind in "iub" or tolerance == 0:
+    if _is_exact(got, tolerance):
         differ = _differ(got, want)  # -0.0 is not 0.0
         if differ.any():
             _report(differ, got, want, f"{where}: must equal the oracle to the bit")
@@ -355,7 +393,8 @@ def main() -> None:
 
     jax_shims.set_environment()
     request = json.loads(Path(sys.argv[1]).read_text())
-    containment.enter(containment.Need(readable=(str(Path(request["out"]).parent),), writable=(request["out"],)))
+    readable = (str(Path(request["out"]).parent), *filter(None, [request.get("expected")]))
+    containment.enter(containment.Need(readable=readable, writable=(request["out"],)))
     path = Path(request["sealed"])
     jax_shims.check_version()
     blame = "FAIL_CRASH"  # the status where the sealed file is the candidate itself, in a dry run

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from judge import channel, contract, decide, roofline
+from judge import channel, contract, decide, expected, identity, roofline
 from judge.chips import Chip
 from judge.llo.execute import ExecutionError
 from judge.llo.machine import load_machine
@@ -35,6 +35,7 @@ from judge.policy import NO_PALLAS
 from judge.sandbox import Process
 
 HERE = Path(__file__).resolve().parent
+ROOT = identity.root_of(HERE.parent / "prepare.py")
 
 
 class CannotJudge(Exception):
@@ -232,6 +233,9 @@ class Judging:
         # Drawn now that the artifacts exist, so that nothing in them can depend on it.
         self._secret = secrets.randbits(31)
         request = {"do": "check", "workloads": self._artifacts(traced, "cpu"), "secret": self._secret}
+        kept = expected.folder_of(ROOT, self.task.sealed.text)
+        if kept.is_dir():
+            request["expected"] = str(kept)
         checking = self._start_oracle("check", request)
         try:
             if self.task.mode == "model" or self.task.device == "tpu":
@@ -245,6 +249,8 @@ class Judging:
             try:
                 with self._stage("correctness", "correctness: the CPU program against the oracle"):
                     self._finish(checking, self.task.limits.check_seconds)
+                if self.task.sealed is not self.task.candidate:
+                    expected.install(checking[1], kept)
                 with self._stage("races", "races: the strict interpreter on one small check set a workload"):
                     self._finish(racing, self.task.limits.check_seconds)
             finally:

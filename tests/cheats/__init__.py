@@ -1,7 +1,8 @@
 """Kernels that cheat, and kernels that are honest but unusual, each with what the judge must say of it.
 
-One file a class of cheats (and `honest.py`); a case is the real kernel.py, or another base, with passages replaced. The
-base is judged on a small workload with the real one's head layout halved twice, so that one case takes seconds.
+One file a class of cheats (and `honest.py`); a case is ragged paged attention in its plain form, which experiments do
+not edit (`tests/kernels/rpa.py`), or another base, with passages replaced. It is judged on a small workload with a quarter
+of the heads, so that one case takes seconds.
 `benchmarks/integrity.py` runs them all, `tests/test_cheats.py` those that are decided early and one of each class.
 """
 
@@ -38,8 +39,8 @@ def replaced(text: str, *edits: Edit) -> str:
 
 
 def small_rpa() -> str:
-    """kernel.py on a small workload."""
-    text = (ROOT / "kernel.py").read_text()
+    """Plain ragged paged attention on a small workload."""
+    text = (ROOT / "tests" / "kernels" / "rpa.py").read_text()
     text, once = re.subn(r"^WORKLOADS = \{.*?^\}\n", SMALL_WORKLOADS, text, flags=re.M | re.S)
     text, twice = re.subn(r"^CHECKS = \{.*?^\}\n", SMALL_CHECKS, text, flags=re.M | re.S)
     text, constants = re.subn(

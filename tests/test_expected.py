@@ -1,0 +1,97 @@
+"""judge/expected.py: what is kept of the oracle's outputs, and that it is used and cannot answer for another file."""
+
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from judge import contract, expected, pipeline
+from judge.chips import load_chip
+
+TREE = "PyTreeDef((*, *))"
+
+
+@pytest.fixture
+def outputs():
+    rng = np.random.default_rng(3)
+    return [rng.normal(size=(3, 5)).astype(ml_dtypes.bfloat16), rng.normal(size=(7, 2)).astype(np.float32)]
+
+
+@pytest.fixture
+def kept(tmp_path, outputs):
+    path = tmp_path / expected.file_name("w", "edges", 1, {"n": 3})
+    expected.save(path, TREE, outputs, [False, True])
+    return path
+
+
+def test_comes_back_to_the_bit(kept, outputs):
+    loaded = expected.load(kept, outputs, TREE)
+    assert [o.dtype for o in loaded] == [o.dtype for o in outputs]
+    assert all(np.array_equal(a, b) for a, b in zip(loaded, outputs, strict=True))
+
+
+def test_an_inexact_output_may_differ(kept, outputs):
+    loaded = expected.load(kept, [outputs[0] * 2, outputs[1]], TREE)
+    assert np.array_equal(loaded[0], outputs[0])
+
+
+def test_an_output_with_another_hash_needs_the_reference(kept, outputs):
+    assert expected.load(kept, [outputs[0], outputs[1] + 1], TREE) is None
+
+
+def test_an_output_of_another_shape_needs_the_reference(kept, outputs):
+    assert expected.load(kept, [outputs[0], outputs[1].reshape(2, 7)], TREE) is None
+
+
+@pytest.mark.parametrize("tree, count", [("PyTreeDef([*, *])", 2), (TREE, 1)])
+def test_another_tree_needs_the_reference(kept, outputs, tree, count):
+    assert expected.load(kept, outputs[:count], tree) is None
+
+
+def test_torn_file_needs_the_reference(kept, outputs):
+    kept.write_bytes(kept.read_bytes()[:-40])
+    assert expected.load(kept, outputs, TREE) is None
+
+
+def test_another_set_is_another_file():
+    names = {expected.file_name(w, s, n, a) for w in "ab" for s in "cd" for n in (1, 2) for a in ({}, {"n": 1})}
+    assert len(names) == 16
+
+
+def test_lineages_before_the_last_two_are_forgotten(tmp_path, kept):
+    for name in ("one", "two", "three"):
+        expected.install(kept.parent, tmp_path / "all" / name)
+    assert sorted(path.name for path in (tmp_path / "all").iterdir()) == ["three", "two"]
+
+
+def judged(folder, candidate, sealed):
+    folder.mkdir()
+    task = pipeline.Task(candidate=candidate, sealed=sealed, chip=load_chip("v5e"), mode="model")
+    return pipeline.Judging(task, folder, lambda text: None).run()
+
+
+def test_the_next_experiment_uses_what_the_last_one_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "ROOT", tmp_path)
+    (tmp_path / "requirements.lock").write_text("")
+    text = (Path(__file__).parent / "kernels" / "scaled_add.py").read_text()
+    sealed = contract.check_source(text.encode(), "kernel.py")
+    candidate = contract.check_source(text.encode() + b"# another file\n", "kernel.py")
+    folder = expected.folder_of(tmp_path, sealed.text)
+
+    assert judged(tmp_path / "dry", sealed, sealed).status == "PASS"
+    assert not folder.exists(), "a dry run's file is its own oracle"
+    assert judged(tmp_path / "first", candidate, sealed).status == "PASS"
+    assert list(folder.iterdir())
+    for path in folder.iterdir():  # what is kept is wrong now: that it is used shows in the verdict
+        with np.load(path) as file:
+            data = {name: file[name] for name in file.files}
+        data["0"] = np.frombuffer((data["0"].view(np.float32) + 1).tobytes(), np.uint8)
+        np.savez(path, **data)
+    verdict = judged(tmp_path / "second", candidate, sealed)
+    assert verdict.status == "FAIL_CORRECTNESS", verdict.reason
+
+
+def test_another_sealed_file_has_another_folder(tmp_path):
+    (tmp_path / "requirements.lock").write_text("")
+    assert expected.folder_of(tmp_path, "a = 1\n") != expected.folder_of(tmp_path, "a = 2\n")
