@@ -120,6 +120,7 @@ class Judging:
         self.stage_seconds: dict[str, float] = {}
         self.costs: dict[str, ModuleCost] = {}
         self._secret = 0
+        self._platforms: tuple[str, ...] = ("tpu", "cpu")
         self.champion_ms: dict[str, float] = {}  # chip mode: the champion's times in this very run
 
     def run(self, is_known: Callable[[str], str | None] = lambda program: None) -> Verdict:
@@ -131,6 +132,7 @@ class Judging:
 
     def run_to_cycles(self) -> Verdict:
         """The stages that give figures, without the check of correctness: to explain a program, never to keep it."""
+        self._platforms = ("tpu",)
         return self._run(self._compile_stage)
 
     def _run(self, middle: Callable[[dict[str, Any], Verdict], None]) -> Verdict:
@@ -195,9 +197,10 @@ class Judging:
             "topology": request["topology"],
             "workloads": programs,
             "needs_pallas": NO_PALLAS not in self.task.sealed.needs,
+            "platforms": self._platforms,
         }
         result = self._finish(self._start("lower.py", lowered, request), self.task.limits.trace_seconds)
-        artifacts = {name: {p: str(lowered / f"{name}.{p}") for p in ("tpu", "cpu")} for name in described}
+        artifacts = {name: {p: str(lowered / f"{name}.{p}") for p in self._platforms} for name in described}
         return {
             name: {"donated": result["workloads"][name]["donated"], "tree": message.trees[name]}
             | {"program": programs[name]["program"]}

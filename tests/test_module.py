@@ -15,7 +15,7 @@ from judge.chips import CHIPS, load_chip
 from judge.compile import op_of_dump
 from judge.llo.execute import ExecutionError
 from judge.llo.machine import load_machine
-from judge.llo.module import module_cost, parse_entry
+from judge.llo.module import _words, module_cost, parse_entry
 from judge.llo.parse import ParseError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -153,6 +153,27 @@ def test_constants_of_the_entry_are_known(tmp_path):
     hlo.write_text(text.replace("  ROOT", "  %k = s32[4]{0:T(128)} constant({3, 0, 5, 1})\n  ROOT"))
     with_parameter = module_cost(GOLDEN / "nested_loops" / "v5e", V5E, regenerate().GOLDEN["nested_loops"].scalars)
     assert module_cost(folder, V5E, {}).cycles == with_parameter.cycles
+
+
+@pytest.mark.parametrize(
+    "last, expected",
+    [
+        ("s32[4]{0:T(128)} slice(%long), slice={[2:6]}", [3, 0, 5, 1]),
+        ("s32[2]{0:T(128)} broadcast(%one), dimensions={}", [7, 7]),
+        ("s32[2,2]{1,0:T(2,128)} broadcast(%one), dimensions={}", None),
+        ("s32[2]{0:T(128)} broadcast(%long), dimensions={0}", None),
+    ],
+)
+def test_slices_and_broadcasts_of_known_scalars_are_known(last, expected):
+    entry = f"""ENTRY %main () -> s32[4] {{
+  %long = s32[7]{{0:T(128)}} constant({{9, 9, 3, 0, 5, 1, 9}})
+  %one = s32[]{{:T(128)}} constant(7)
+  ROOT %last = {last}
+}}
+"""
+    ops = {op.name: op for op in parse_entry(entry)}
+    words = _words(ops, "last", {})
+    assert (None if words is None else words.tolist()) == expected
 
 
 def test_computed_scalars_are_not_known(tmp_path):

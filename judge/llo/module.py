@@ -282,9 +282,22 @@ def _words(by_name: dict[str, Op], name: str, integers: dict[int, np.ndarray]) -
             return _in_memory(integers.get(int(number[1]))) if number else None
         if op.opcode == "constant":
             return _constant(op)
+        if op.opcode in ("broadcast", "slice"):
+            return _rearranged(op, _words(by_name, op.operands[0], integers))
         if op.opcode not in _PASSES_VALUES or not op.operands:
             return None
         name = op.operands[0]
+
+
+def _rearranged(op: Op, words: np.ndarray | None) -> np.ndarray | None:
+    """A scalar broadcast to one dimension, or a contiguous slice of one dimension."""
+    shape = re.match(r"[su]32\[(\d+)\]", op.type)
+    if words is None or shape is None:
+        return None
+    if op.opcode == "broadcast":
+        return np.repeat(words, int(shape[1])) if words.size == 1 else None
+    bounds = re.search(r"slice=\{\[(\d+):(\d+)\]\}", op.text)
+    return words[int(bounds[1]) : int(bounds[2])] if bounds else None
 
 
 def _constant(op: Op) -> np.ndarray | None:
