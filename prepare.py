@@ -82,7 +82,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--trace-limit", metavar="S", type=float, default=120.0, help="seconds to import and trace; default 120"
     )
     parser.add_argument(
-        "--no-wait", action="store_true", help="where another experiment runs in the repository, say so and end"
+        "--no-wait", action="store_true", help="where another experiment runs in this folder, say so and end"
     )
     parser.add_argument("--device", choices=("tpu", "cpu"), default="tpu", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

@@ -11,8 +11,8 @@ usage: ./ratchet.sh [--chip v5e|v6e|v5p|tpu7x] [--mode auto|model|chip] [--deep]
        ./ratchet.sh --archive                                     pack every attempt into experiments.bundle
        ./ratchet.sh --prune [N]                                   the same, then leave refs for the last N only (100)
 
-One experiment runs at a time in a repository and its worktrees; a second one waits, or with --no-wait says whose turn
-it is and ends. An experiment that was killed is finished or undone by the next command, whichever that is.
+One experiment runs at a time in a folder; a second one waits, or with --no-wait says whose turn it is and ends. Other
+worktrees of the repository go on meanwhile, each on its branch, with that branch's ledger and champion. An experiment that was killed is finished or undone by the next command, whichever that is.
 
 Edit kernel.py, and nothing else, first. Exit code 0: kept; 1: not kept; 2: could not judge, nothing changed.
 EOF

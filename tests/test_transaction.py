@@ -35,7 +35,7 @@ def attempting(project, note="a note", lineage=1):
         transaction = Transaction(repository)
         number = transaction.start().count + 1
         plan = Plan(number=number, lineage=lineage, chip="v5e", mode="model", note=note, judge_sha256="")
-        with transaction.attempt(plan) as candidate:
+        with transaction.attempt(plan, project.kernel.read_bytes()) as candidate:
             yield transaction, candidate
 
 
