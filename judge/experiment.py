@@ -137,13 +137,17 @@ def judge_and_record(
         verdict = _judge(transaction, candidate, lineage, index, experiment)
         with transaction.recording() as present:
             index = present or index
-            lineage = _as_it_is_now(lineage, present)
+            known, lineage = lineage.champion, _as_it_is_now(lineage, present)
             _compare(verdict, candidate, lineage, index, plan)
             row = _row(replace(plan, number=index.count + 1), candidate, verdict)
             transaction.record(row, lineage.champion.commit if lineage.champion else "")
     confirmed = row.status == decide.DUPLICATE and lineage.champion and lineage.champion.commit == row.commit
     exit_code = 0 if row.status == decide.PASS or confirmed else 1
     lines = _lines(row, verdict, candidate, keep_edit=experiment.new_baseline)
+    champion = lineage.champion
+    if champion and champion != known and row.status == decide.PASS:
+        told = f"row {champion.number}, kept while this was judged, is not in it"
+        lines.append(f"note: {told}; git show {champion.commit[:12]} has its edit: try both together")
     return Outcome(row=row, verdict=verdict, lines=lines, exit_code=exit_code)
 
 

@@ -35,6 +35,10 @@ _SETTINGS = (
 _IN_PROGRESS = ("MERGE_HEAD", "CHERRY_PICK_HEAD", "REVERT_HEAD", "rebase-merge", "rebase-apply", "BISECT_LOG")
 
 
+class Killed(Refused):
+    """A git of ours was killed, so what it was asked has no answer: neither yes nor no."""
+
+
 class Repository:
     """A folder that is the top of a git working tree. Raises Refused from every method where git does not allow it."""
 
@@ -67,6 +71,8 @@ class Repository:
             check=False,
             pass_fds=self._inherited,
         )
+        if done.returncode < 0:
+            raise Killed(f"git {arguments[0]} was killed by signal {-done.returncode}: run it again")
         if done.returncode:
             message = done.stderr.decode(errors="replace").strip()
             raise Refused(f"git {arguments[0]} failed: {message or f'code {done.returncode}'}")
@@ -79,6 +85,8 @@ class Repository:
         """What git prints, nothing where it fails: for questions whose no is a failure."""
         try:
             return self.git(*arguments)
+        except Killed:
+            raise
         except Refused:
             return ""
 
@@ -169,6 +177,8 @@ class Repository:
     def is_ancestor(self, commit: str, descendant: str) -> bool:
         try:
             self.run("merge-base", "--is-ancestor", commit, descendant)
+        except Killed:
+            raise
         except Refused:
             return False
         return True
