@@ -235,7 +235,8 @@ def run_candidates(options: argparse.Namespace) -> int:
 
     def show(one: parallel.Ended) -> None:
         results[one.candidate.name] = one
-        print(f"candidate: {one.candidate.name}: {one.candidate.note}\n{one.text}", flush=True)
+        text = one.text or f"not judged: exit code {one.exit_code}\n"
+        print(f"candidate: {one.candidate.name}: {one.candidate.note}\n{text}", flush=True)
 
     parallel.Several(folder=ROOT, asked=asked, candidates=candidates, jobs=jobs).run(work, show)
     codes = [one.exit_code for one in results.values()]
@@ -263,7 +264,7 @@ def ended(act: Callable[[], int], options: argparse.Namespace) -> int:
     except Interrupted as signalled:
         told = "nothing was recorded, kernel.py is as you left it"
         if options.candidate:
-            told = "a candidate without a row was not recorded"
+            told = "what had no verdict is undone"
         print(f"ratchet: interrupted; {told}", file=sys.stderr)
         return int(signalled.args[0])
     except Exception as error:  # exit code 1 would say that the candidate is worse

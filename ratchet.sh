@@ -14,7 +14,8 @@ usage: ./ratchet.sh [--chip v5e|v6e|v5p|tpu7x] [--mode auto|model|chip] [--deep]
        ./ratchet.sh --prune [N]                                   the same, then leave refs for the last N only (100)
 
 One experiment runs at a time in a folder; a second one waits, or with --no-wait says whose turn it is and ends. Other
-worktrees of the repository go on meanwhile, each on its branch, with that branch's ledger and champion. An experiment that was killed is finished or undone by the next command, whichever that is.
+worktrees of the repository go on meanwhile, each on its branch with that branch's ledger and champion. An experiment
+that was killed is finished or undone by the next command, whichever that is.
 
 --parallel takes whole files in the place of kernel.py. They are judged at the same time, --jobs N of them (default: as
 cores and memory allow), and recorded one after the other as they end, each compared with the champion of that moment.

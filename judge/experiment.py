@@ -140,7 +140,8 @@ def judge_and_record(
             known, lineage = lineage.champion, _as_it_is_now(lineage, present)
             _compare(verdict, candidate, lineage, index, plan)
             row = _row(replace(plan, number=index.count + 1), candidate, verdict)
-            transaction.record(row, lineage.champion.commit if lineage.champion else "")
+            row = transaction.record(row, lineage.champion.commit if lineage.champion else "")
+    verdict.status, verdict.reason = row.status, row.reason
     confirmed = row.status == decide.DUPLICATE and lineage.champion and lineage.champion.commit == row.commit
     exit_code = 0 if row.status == decide.PASS or confirmed else 1
     lines = _lines(row, verdict, candidate, keep_edit=experiment.new_baseline)

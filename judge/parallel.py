@@ -111,9 +111,10 @@ class Several:
             if find_lineage(index, chip, self.asked.mode, new_baseline=False).baseline is None:
                 raise Refused(f'no baseline on {chip} in {self.asked.mode} mode yet: ./ratchet.sh "baseline" first')
             say(f"{len(self.candidates)} candidates, {min(self.jobs, len(self.candidates))} at the same time")
-            files = {candidate.name: candidate.data for candidate in self.candidates}
-            with _Stop().installed() as stop, transaction.several(files, index.count):
-                _Pool(self, repository, index.count, work, stop).run(ended)
+            files, count = {candidate.name: candidate.data for candidate in self.candidates}, index.count
+            index.close()  # no process may have another's
+            with _Stop().installed() as stop, transaction.several(files, count):
+                _Pool(self, repository, count, work, stop).run(ended)
             for number in stop.noted:
                 signal.raise_signal(number)
 

@@ -202,8 +202,10 @@ class Transaction:
         except (Refused, ledger.LedgerError):
             return None
 
-    def record(self, row: ledger.Row, champion: str = "") -> None:
+    def record(self, row: ledger.Row, champion: str = "") -> ledger.Row:
         """Makes the verdict durable, then keeps the edit or takes it back. Signals wait until it is done.
+
+        Returns the row as it is in the ledger: a win is not one any more where the branch changed meanwhile.
 
         `champion`: the commit that the row was compared with, in the same turn. Raises LedgerError for a row that could
         not be read back; nothing is recorded then.
@@ -214,7 +216,7 @@ class Transaction:
             if row.number != self._index.count + 1:
                 raise ledger.LedgerError(f"row {row.number} where {self._index.count + 1} was expected")
             self.journal.advance(state="judged", row=line, number=row.number, parent=self._base(champion))
-            self._finish()
+            return _row_of(self._finish())
 
     def _base(self, champion: str) -> str:
         """The branch's commit that the verdict is good for.
@@ -279,10 +281,12 @@ class Transaction:
 
     # --- the steps from a known verdict on; each may be taken again ---
 
-    def _finish(self) -> None:
+    def _finish(self) -> Entry:
         self._move()
         self._settle()
+        entry = self._entry
         self._forget()
+        return entry
 
     def _move(self) -> None:
         """judged → recorded: the ledger's line, its commit, the branch."""

@@ -157,6 +157,7 @@ def test_a_commit_of_the_users_meanwhile(folder):
         fake.git(folder, "commit", "-q", "-m", "theirs")
         assert fake.end(pid) == 0
         assert statuses(folder)[note] == ("PASS" if kept else "FAIL_CRASH")
+        assert fake.reported(folder) == {note: 0 if kept else 1}
         assert audit(folder) == []
         assert fake.git(folder, "status", "--porcelain") == ""
     assert (folder / "kernel.py").read_text() == fake.kernel(16, " theirs")
