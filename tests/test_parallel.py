@@ -1,5 +1,6 @@
 """judge/parallel.py: candidates judged at the same time, killed at every step; each has a row, or is named."""
 
+import json
 import os
 import random
 import shutil
@@ -303,6 +304,9 @@ def test_ratchet_with_candidates(project, tmp_path):
     done = project.ratchet("--jobs", "3", "--json", "--parallel", *arguments)
     assert done.code == 0, done.err
     found = {row.note.partition(":")[0]: row.status for row in project.rows()}
+    told = {one["note"].partition(":")[0]: one for one in json.loads(done.out.splitlines()[-1])["candidates"]}
+    assert {name: one["status"] for name, one in told.items()} == {name: found[name] for name in variants}
+    assert told["broken"]["exit_code"] == 1
     assert sorted((found["better"], found["same"])) == ["DUPLICATE", "PASS"]
     assert found["broken"] == "FAIL_CORRECTNESS"
     assert project.kernel.read_text() in (variants["better"], variants["same"])
