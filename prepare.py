@@ -18,9 +18,10 @@ import argparse
 import json
 import signal
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
-from judge import containment, contract, experiment, explain, identity, pipeline, profile, report_lines
+from judge import containment, contract, experiment, explain, identity, parallel, pipeline, profile, report_lines
 from judge.archive import archive, prune
 from judge.audit import audit, rejudge
 from judge.chips import CHIPS, DEFAULT_CHIP, load_chip
@@ -40,6 +41,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--dry-run", action="store_true", help="judge a file, outside git and ledger")
     what.add_argument(
         "--experiment", metavar="NOTE", help="judge the edit in kernel.py, record it, keep it or take it back"
+    )
+    what.add_argument(
+        "--candidate",
+        metavar="FILE",
+        type=Path,
+        action="append",
+        default=[],
+        help="judge FILE as the next kernel.py, at the same time as other candidates, and record each as it ends;\n"
+        "repeatable, each with its --note NOTE",
     )
     what.add_argument("--new-baseline", metavar="WHY", help="start a lineage with kernel.py as it is")
     what.add_argument("--audit", action="store_true", help="verify ledger and git; exit 1 with the rows named if not")
@@ -74,6 +84,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         default=[],
         help="only this one (dry run or --explain; repeatable)",
     )
+    parser.add_argument("--note", metavar="NOTE", action="append", default=[], help="a candidate's hypothesis")
+    parser.add_argument(
+        "--jobs", metavar="N", type=int, help="candidates judged at the same time; default: as cores and memory allow"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     parser.add_argument(
         "--deep", action="store_true", help="on a chip, trace synchronisation too; nothing more in model mode"
@@ -85,7 +99,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--trace-limit", metavar="S", type=float, default=120.0, help="seconds to import and trace; default 120"
     )
     parser.add_argument(
-        "--no-wait", action="store_true", help="where another experiment runs in the repository, say so and end"
+        "--no-wait", action="store_true", help="where another experiment runs in this folder, say so and end"
     )
     parser.add_argument(
         "--require-sandbox",
@@ -98,13 +112,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("tpu", "cpu"), default="tpu", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     chosen = [options.experiment is not None, options.new_baseline is not None, options.audit, options.archive]
-    chosen.append(options.prune is not None)
+    chosen += [options.prune is not None, bool(options.candidate)]
     if sum([options.dry_run, options.explain, *chosen]) > 1:
-        parser.error("choose one of --dry-run, --experiment, --new-baseline, --audit, --archive, --prune, --explain")
+        parser.error(
+            "choose one of --dry-run, --experiment, --new-baseline, --audit, --archive, --prune, --explain, --candidate"
+        )
     if options.explain and (options.mode == "chip" or options.device != "tpu"):
         parser.error("--explain reads the predicted run: --mode chip and --device have nothing for it")
     if any(chosen) and (options.workload or options.device != "tpu"):
         parser.error("--workload and --device are for dry runs: an experiment is judged on everything")
+    check_candidates(parser, options)
     if options.prune is not None and options.prune < 0:
         parser.error("--prune N: how many attempts' refs to leave, 0 or more")
     if options.rejudge < 0 or (options.rejudge and not options.audit):
@@ -112,6 +129,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     if not options.trace_limit > 0:
         parser.error("--trace-limit must be positive")
     return options
+
+
+def check_candidates(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    if len(options.candidate) != len(options.note):
+        parser.error("each --candidate FILE needs its --note NOTE, and each note its file")
+    if options.candidate and options.keep:
+        parser.error("--keep has room for one: judge a candidate by itself")
+    if options.jobs is not None and (options.jobs < 1 or not options.candidate):
+        parser.error("--jobs N: how many of the candidates are judged at the same time, 1 or more")
 
 
 def dry_run(options: argparse.Namespace) -> int:
@@ -195,25 +221,58 @@ def run(options: argparse.Namespace) -> int:
                 f"archive: {archive(transaction)}" if options.archive else f"prune: {prune(transaction, options.prune)}"
             )
         return 0
+    if options.candidate:
+        return run_candidates(options)
     if options.experiment is None and options.new_baseline is None:
         return dry_run(options)
-    outcome = experiment.run(
-        ROOT,
-        experiment.Experiment(
-            note=options.experiment if options.new_baseline is None else options.new_baseline,
-            new_baseline=options.new_baseline is not None,
-            chip=load_chip(options.chip),
-            mode=experiment.resolve_mode(options.mode, options.device),
-            deep=options.deep,
-            limits=pipeline.Limits(trace_seconds=options.trace_limit),
-            keep=options.keep,
-            wait=not options.no_wait,
-        ),
+    note = options.experiment if options.new_baseline is None else options.new_baseline
+    return report(experiment.run(ROOT, asked_for(options, note)), options)
+
+
+def asked_for(options: argparse.Namespace, note: str) -> experiment.Experiment:
+    return experiment.Experiment(
+        note=note,
+        new_baseline=options.new_baseline is not None,
+        chip=load_chip(options.chip),
+        mode=experiment.resolve_mode(options.mode, options.device),
+        deep=options.deep,
+        limits=pipeline.Limits(trace_seconds=options.trace_limit),
+        keep=options.keep,
+        wait=not options.no_wait,
     )
+
+
+def report(outcome: experiment.Outcome, options: argparse.Namespace) -> int:
     print("\n".join(outcome.lines))
     if options.json:
         print(json.dumps(outcome.as_json()))
     return outcome.exit_code
+
+
+def run_candidates(options: argparse.Namespace) -> int:
+    """Exit code 2 where one could not be judged, else 0 where one was kept, else 1."""
+    asked = asked_for(options, "")
+    jobs = options.jobs or parallel.default_jobs(asked.mode)
+    if asked.mode == "chip" and jobs > 1:
+        raise Refused("a chip measures one candidate at a time: --jobs 1")
+    candidates = parallel.read_candidates(list(zip(options.candidate, options.note, strict=True)))
+    results: dict[str, parallel.Ended] = {}
+
+    def work(judge: Callable[[], experiment.Outcome]) -> int:
+        return ended(lambda: report(judge(), options), options)
+
+    def show(one: parallel.Ended) -> None:
+        results[one.candidate.name] = one
+        text = one.text or f"not judged: exit code {one.exit_code}\n"
+        print(f"candidate: {one.candidate.name}: {one.candidate.note}\n{text}", flush=True)
+
+    parallel.Several(folder=ROOT, asked=asked, candidates=candidates, jobs=jobs).run(work, show)
+    codes = [one.exit_code for one in results.values()]
+    for told, wanted in (("kept", {0}), ("not kept", {1}), ("not judged", set(codes) - {0, 1})):
+        print(f"{told}: {', '.join(name for name, one in results.items() if one.exit_code in wanted) or 'none'}")
+    if options.json:
+        print(json.dumps({"candidates": [one.as_json() for one in results.values()]}))
+    return 2 if set(codes) - {0, 1} else min(codes)
 
 
 class Interrupted(BaseException):
@@ -224,16 +283,17 @@ def interrupt(number: int, frame: object) -> None:
     raise Interrupted(128 + number)
 
 
-def main() -> int:
-    options = parse_arguments()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, interrupt)
+def ended(act: Callable[[], int], options: argparse.Namespace) -> int:
+    """The exit code of `act`, or of what it raises, which is said."""
     try:
-        return run(options)
+        return act()
     except (Refused, LedgerError, identity.Tampered, pipeline.CannotJudge, ValueError, OSError) as error:
         message = str(error)
     except Interrupted as signalled:
-        print("ratchet: interrupted; nothing was recorded, kernel.py is as you left it", file=sys.stderr)
+        told = "nothing was recorded, kernel.py is as you left it"
+        if options.candidate:
+            told = "what had no verdict is undone"
+        print(f"ratchet: interrupted; {told}", file=sys.stderr)
         return int(signalled.args[0])
     except Exception as error:  # exit code 1 would say that the candidate is worse
         traceback.print_exc()
@@ -242,6 +302,13 @@ def main() -> int:
     if options.json:
         print(json.dumps({"status": None, "error": message}))
     return 2
+
+
+def main() -> int:
+    options = parse_arguments()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, interrupt)
+    return ended(lambda: run(options), options)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,19 @@
 """Kills the loop at random instants and at every step, starts two at once, and proves that nothing is lost.
 
-    .venv/bin/python benchmarks/faults.py [--kills N] [--real N] [--pairs N] [--seed N]
+    .venv/bin/python benchmarks/faults.py [--kills N] [--candidates N] [--real N] [--pairs N] [--seed N]
 
 `--kills` (default 500) experiments with the tests' fast fake judge are killed with SIGKILL at a random instant, half of
-them with every git that they run; `--real` (default 20) with the real judge on a small kernel, as a user runs it;
-`--pairs` (default 100) pairs of loops start at once in one folder. After each, the next experiment runs, and the
-checker proves from git and the ledger alone that no row is lost or doubled, that every row leads to its commit, that
-every kept commit is on the branch, and that nothing is left dirty. The first violation ends it with exit code 1.
+them with every git that they run; `--candidates` (default 150) times four candidates are judged at the same time, and
+one of them, the command, or all is killed at a random instant; `--real` (default 20) with the real judge on a small
+kernel, as a user runs it; `--pairs` (default 100) pairs of loops start at once in one folder. After each, the next
+experiment runs, and the checker proves from git and the ledger alone that no row is lost or doubled, that every row
+leads to its commit, that every kept commit is on the branch, and that nothing is left dirty. The first violation ends
+it with exit code 1.
 """
 
 import argparse
 import collections
+import contextlib
 import os
 import random
 import shutil
@@ -81,6 +84,62 @@ def every_step(place: Path) -> None:
                 total += 1
             show(f"every step, {kind}", total, total)
     print(f"{total} SIGKILLs before and after every journal write and git command: nothing lost, doubled or dirty")
+
+
+def candidates_killed(count: int, draw: random.Random, place: Path) -> None:
+    """Kills one candidate's process, the command's, or every process of it."""
+    seen: collections.Counter[str] = collections.Counter()
+    for number in range(count):
+        if number % AFRESH == 0:
+            folder, reported = fake.make_repository(place / f"candidates {number}"), {}
+            started = time.monotonic()
+            reported["baseline"] = fake.run(folder, "baseline")
+            span = 4 * (time.monotonic() - started)
+        blocks = {name: draw.choice([0, 8, 64 + number, 65 + number]) for name in "abcd"}
+        texts = {f"{number} {name}": fake.kernel(block, f" {number} {name}") for name, block in blocks.items()}
+        pid = fake.start_several(folder, texts, jobs=draw.choice([1, 2, 4]))
+        time.sleep(draw.uniform(0, span))
+        if number % 3 == 0 and (begun := fake.children(pid)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(draw.choice(begun), signal.SIGKILL)
+            fake.end(pid)
+        elif number % 3 == 1:
+            fake.kill(pid, with_children=False)
+        else:
+            fake.kill_session(pid)
+        settle(folder, f"next {number}", texts, reported)
+        seen.update(outcome(folder, name) for name in texts)
+        show("kills of candidates", number + 1, count)
+    print(f"{count} SIGKILLs while 4 candidates are judged: nothing lost, doubled or dirty; they became {dict(seen)}")
+
+
+def settle(folder: Path, note: str, texts: dict[str, str], reported: dict[str, int]) -> None:
+    """Runs the next experiment and checks what is there. Candidates with a row were `reported`, or recovered."""
+    told = fake.said(folder)
+    reported |= fake.reported(folder)
+    code = fake.run(folder, note)
+    assert code == 0 or "is not what it was when this was asked for" in fake.said(folder), fake.said(folder)
+    if code == 0:
+        reported[note] = code
+    fake.check(folder, reported)
+    fake.check_candidates(folder, texts, told + fake.said(folder))
+
+
+def candidates_at_every_step(place: Path) -> None:
+    """Each process of four candidates is killed at the same journal write, or git command."""
+    total = 0
+    for kind, dies, steps in (("journal", fake.dies_at_journal, 8), ("git", fake.dies_at_git, 70)):
+        folder = fake.make_repository(place / f"candidates {kind}")
+        reported = {"baseline": fake.run(folder, "baseline")}
+        for step in range(2 * steps):
+            blocks = {"a": 64 + 100 * step, "b": 65 + 100 * step, "c": 8, "d": 0}
+            texts = {f"{step} {name}": fake.kernel(block, f" {step} {name}") for name, block in blocks.items()}
+            before = dies(step // 2, afterwards=step % 2 == 1)
+            fake.end(fake.start_several(folder, texts, before=before))
+            settle(folder, f"next {step}", texts, reported)
+            total += 1
+            show(f"candidates at every step, {kind}", total, 2 * 78)
+    print(f"4 candidates killed at {total} steps and git commands: nothing lost, doubled or dirty")
 
 
 def pairs(count: int, place: Path) -> None:
@@ -160,7 +219,7 @@ def show(what: str, done: int, count: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    for name, default in (("kills", 500), ("real", 20), ("pairs", 100)):
+    for name, default in (("kills", 500), ("candidates", 150), ("real", 20), ("pairs", 100)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -171,6 +230,8 @@ def main() -> None:
         try:
             random_kills(options.kills, draw, place)
             every_step(place)
+            candidates_killed(options.candidates, draw, place)
+            candidates_at_every_step(place)
             pairs(options.pairs, place)
             real_kills(options.real, draw, place)
         except AssertionError as error:

@@ -32,7 +32,7 @@ def unpack(transaction: Transaction) -> None:
     repository = transaction.repository
     present = set(_refs(repository).values())
     missing = {ref: commit for ref, commit in packed(repository).items() if commit not in present}
-    wanted = [f"{ref}:{transaction.free_ref(ref, commit)}" for ref, commit in missing.items()]
+    wanted = [f"{ref}:{transaction.free_ref(ref)}" for ref, commit in missing.items()]
     if wanted:
         with transaction.changing_refs("unpack"):
             specs = "".join(f"{spec}\n" for spec in wanted)

@@ -1,7 +1,7 @@
 """One experiment from edit to ledger row: what ./ratchet.sh runs."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +77,7 @@ def find_lineage(index: LedgerIndex, chip: str, mode: str, *, new_baseline: bool
 
 def run(folder: Path, experiment: Experiment) -> Outcome:
     """Judges the edit in kernel.py and records it. Raises Refused, LedgerError or CannotJudge, with nothing changed."""
-    if not experiment.note.strip():
-        raise Refused('say what you expect and why: ./ratchet.sh "hypothesis"')
-    if len(experiment.note) > MAX_NOTE:
-        raise Refused(f"the note has {len(experiment.note)} characters; keep it under {MAX_NOTE}")
+    check_note(experiment.note)
     repository = Repository(folder)
     asked = _present_kernel(folder)
     with repository.exclusive(experiment.note, wait=experiment.wait):
@@ -91,26 +88,54 @@ def run(folder: Path, experiment: Experiment) -> Outcome:
                 f"{KERNEL} is not what it was when this was asked for: another experiment ended meanwhile, or was "
                 f"finished now; nothing was judged, look at {KERNEL} and run it again"
             )
-        lineage = find_lineage(index, experiment.chip.name, experiment.mode, new_baseline=experiment.new_baseline)
-        plan = Plan(
-            number=index.count + 1,
-            lineage=lineage.number,
-            chip=experiment.chip.name,
-            mode=experiment.mode,
-            note=experiment.note,
-            judge_sha256=judge_sha256(folder),
-            keeps_edit=experiment.new_baseline,
-        )
-        if lineage.baseline and lineage.baseline.judge_sha256 != plan.judge_sha256:
-            _other_judge(lineage.baseline, unchanged=asked == repository.file_at("HEAD", KERNEL))
-        with transaction.attempt(plan) as candidate:
-            verdict = _judge(transaction, candidate, lineage, index, experiment)
-            row = _row(plan, candidate, verdict)
-            transaction.record(row)
-    champion = lineage.champion
-    confirmed = row.status == decide.DUPLICATE and champion is not None and champion.commit == row.commit
+        return judge_and_record(transaction, index, experiment, asked, index.count + 1)
+
+
+def check_note(note: str) -> None:
+    """Raises Refused for a hypothesis that says nothing, or too much."""
+    if not note.strip():
+        raise Refused('say what you expect and why: ./ratchet.sh "hypothesis"')
+    if len(note) > MAX_NOTE:
+        raise Refused(f"the note has {len(note)} characters; keep it under {MAX_NOTE}")
+
+
+def judge_and_record(
+    transaction: Transaction, index: LedgerIndex, experiment: Experiment, data: bytes, number: int
+) -> Outcome:
+    """The experiment on `data`, a kernel.py, where `transaction` has begun; `number` is that of its ref.
+
+    It is compared with the champion of the moment in which it is recorded: a candidate that was judged at the same time
+    may have become that meanwhile.
+    """
+    lineage = find_lineage(index, experiment.chip.name, experiment.mode, new_baseline=experiment.new_baseline)
+    plan = Plan(
+        number=number,
+        lineage=lineage.number,
+        chip=experiment.chip.name,
+        mode=experiment.mode,
+        note=experiment.note,
+        judge_sha256=judge_sha256(transaction.repository.folder),
+        keeps_edit=experiment.new_baseline,
+    )
+    if lineage.baseline and lineage.baseline.judge_sha256 != plan.judge_sha256:
+        unchanged = data == transaction.repository.file_at("HEAD", KERNEL)
+        _other_judge(lineage.baseline, unchanged=unchanged)
+    with transaction.attempt(plan, data) as candidate:
+        verdict = _judge(transaction, candidate, lineage, index, experiment)
+        with transaction.recording() as present:
+            index = present or index
+            known, lineage = lineage.champion, _as_it_is_now(lineage, present)
+            _compare(verdict, candidate, lineage, index, plan)
+            row = _row(replace(plan, number=index.count + 1), candidate, verdict)
+            row = transaction.record(row, lineage.champion.commit if lineage.champion else "")
+    verdict.status, verdict.reason = row.status, row.reason
+    confirmed = row.status == decide.DUPLICATE and lineage.champion and lineage.champion.commit == row.commit
     exit_code = 0 if row.status == decide.PASS or confirmed else 1
     lines = _lines(row, verdict, candidate, keep_edit=experiment.new_baseline)
+    champion = lineage.champion
+    if champion and champion != known and row.status == decide.PASS:
+        told = f"row {champion.number}, kept while this was judged, is not in it"
+        lines.append(f"note: {told}; git show {champion.commit[:12]} has its edit: try both together")
     return Outcome(row=row, verdict=verdict, lines=lines, exit_code=exit_code)
 
 
@@ -133,7 +158,7 @@ def _other_judge(baseline: ledger.Row, *, unchanged: bool) -> None:
 def _judge(
     transaction: Transaction, candidate: Candidate, lineage: Lineage, index: LedgerIndex, experiment: Experiment
 ) -> pipeline.Verdict:
-    """The stages' verdict, or what the comparison with the champion makes of it."""
+    """The stages' verdict, before the comparison with the champion."""
     repository, chip, champion = transaction.repository, experiment.chip, lineage.champion
     try:
         source = check_source(candidate.data, KERNEL)
@@ -159,18 +184,39 @@ def _judge(
             lambda program: None if confirming else _known(program, index.with_program(lineage.number, program), judge)
         )
         profile.save(repository.folder, f"{index.count + 1:05d}-{chip.name}-{candidate.commit[:8]}", judging, verdict)
-    if verdict.status != decide.PASS or verdict.total is None:
-        return verdict
-    if confirming:
-        verdict.status, verdict.reason = decide.DUPLICATE, "kernel.py is the champion, unchanged: judged again"
-        return verdict
-    times = {name: one.latency_ms for name, one in verdict.workloads.items()}
-    champion_ms = judging.champion_ms or (champion.workload_ms if champion else None)
-    waiting = [one["dma_wait_cycles"] / one["cycles"] for one in verdict.facts.values() if one.get("cycles")]
-    resolution = decide.model_resolution(waiting) if experiment.mode == "model" else 0.0
-    decision = decide.decide(verdict.total, times, champion_ms, mode=experiment.mode, resolution=resolution)
-    verdict.status, verdict.reason = decision.status, decision.reason
+    verdict.champion_ms = judging.champion_ms
     return verdict
+
+
+def _as_it_is_now(lineage: Lineage, index: LedgerIndex | None) -> Lineage:
+    """The lineage with its present champion, where the ledger still has its baseline."""
+    baseline = index.baseline(lineage.number) if index else None
+    if index is None or baseline is None or lineage.baseline is None:
+        return lineage
+    if baseline.row_sha256 != lineage.baseline.row_sha256:
+        return lineage
+    return replace(lineage, champion=index.champion(lineage.number))
+
+
+def _compare(verdict: pipeline.Verdict, candidate: Candidate, lineage: Lineage, index: LedgerIndex, plan: Plan) -> None:
+    """What the comparison with the champion makes of a verdict that nothing failed."""
+    champion = lineage.champion
+    if verdict.status != decide.PASS or verdict.total is None:
+        return
+    if candidate.unchanged and champion is not None and champion.commit == candidate.commit:
+        verdict.status, verdict.reason = decide.DUPLICATE, "kernel.py is the champion, unchanged: judged again"
+        return
+    program = verdict.program_sha256
+    known = program and _known(program, index.with_program(lineage.number, program), plan.judge_sha256)
+    if known:  # judged at the same time
+        verdict.status, verdict.reason = decide.DUPLICATE, known
+        return
+    times = {name: one.latency_ms for name, one in verdict.workloads.items()}
+    champion_ms = verdict.champion_ms or (champion.workload_ms if champion else None)
+    waiting = [one["dma_wait_cycles"] / one["cycles"] for one in verdict.facts.values() if one.get("cycles")]
+    resolution = decide.model_resolution(waiting) if plan.mode == "model" else 0.0
+    decision = decide.decide(verdict.total, times, champion_ms, mode=plan.mode, resolution=resolution)
+    verdict.status, verdict.reason = decision.status, decision.reason
 
 
 def _known(program_sha256: str, rows: Iterable[ledger.Row], judge: str) -> str | None:

@@ -1,10 +1,11 @@
 """The lock files that a git of ours leaves when it is killed with the machine, told from those of the user's own git.
 
-Only after a crash of ours, with the repository's lock held (so that no git of ours runs), and only where no git of
+Only after a crash of ours, in a turn of the repository (so that no git of ours writes), and only where no git of
 anybody's works in the repository: a lock that stays for a while then belongs to nobody.
 """
 
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from judge.journal import Entry
@@ -49,8 +50,11 @@ def _locks(repository: Repository, entry: Entry) -> list[tuple[Path, int]]:
 
 
 def git_at_work(repository: Repository) -> bool:
-    """Whether a git process has its folder in this repository. One that cannot be looked at may have."""
+    """Whether a git process has its folder in a worktree of this repository. One that cannot be looked at may have."""
     places = [repository.folder.resolve(), repository.common_folder.resolve()]
+    for link in (repository.common_folder / "worktrees").glob("*/gitdir"):
+        with suppress(OSError):  # just removed
+            places.append(Path(link.read_text().strip()).parent.resolve())
     for process in Path("/proc").glob("[0-9]*"):
         try:
             if not (process / "comm").read_text().startswith("git"):

@@ -1,6 +1,8 @@
 """Where an experiment stands: .ratchet/journal.json, replaced as a whole before each step, gone when all is done.
 
-prepared    the edit is still in kernel.py alone
+Of several that are judged at the same time each has one, journal-1.json and so on; journal.json then names them all.
+
+prepared    the attempt is known, and nothing leads to it yet
 committed   the attempt is a commit, and is being judged
 judged      the ledger's row is known; it, its commit and the branch may be on their way
 recorded    the branch has the row; the files are brought into line with it: kept, or reset
@@ -12,6 +14,7 @@ from pathlib import Path
 
 from judge.ledger import sync_folder, write_durably
 
+JOURNALS = "journal*.json"
 STATES = ("prepared", "committed", "judged", "recorded")
 
 
@@ -20,7 +23,7 @@ class Entry:
     """All that recovery needs to know."""
 
     state: str
-    what: str  # experiment, archive, prune, unpack
+    what: str  # experiment, archive, prune, unpack, candidates
     branch: str
     parent: str  # the branch's commit when it began
     number: int = 0
@@ -35,7 +38,7 @@ class Entry:
     ref: str = ""  # made for this attempt
     folder: str = ""  # the judging's private one
     row: str = ""  # the ledger's line
-    files: tuple[tuple[str, str], ...] = ()  # (name, blob) to commit: the archive's
+    files: tuple[tuple[str, str], ...] = ()  # (name, blob) to commit: the archive's; or of candidates
     message: str = ""
     head: str = ""  # what the branch moves to
 

@@ -1,4 +1,4 @@
-"""One experiment at a time in a repository: a lock that knows its owner.
+"""One experiment at a time in a working copy: a lock that knows its owner.
 
 The lock is the kernel's (flock), so it ends with its owner, however that ends; the file's content only says who that
 is. It is held by every git that the owner starts, too: a git that outlives its killed owner still holds it, and the
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-POLL_SECONDS = 0.1
+POLL_SECONDS = 0.05
 SAID_EVERY_SECONDS = 30.0
 
 
@@ -29,13 +29,13 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def exclusive(path: Path, label: str, *, wait: bool = True) -> Iterator[int]:
+def exclusive(path: Path, label: str, *, wait: bool = True, patience_seconds: float = 0.0) -> Iterator[int]:
     """Holds the lock file `path`, made where there is none; yields its descriptor, for children to inherit.
 
-    Waits for another owner, saying who it is, or with `wait` false raises Refused that says so. Raises Refused where
-    the file cannot be written or the filesystem has no locks.
+    Waits for another owner, saying after `patience_seconds` who it is, or with `wait` false raises Refused that says
+    so. Raises Refused where the file cannot be written or the filesystem has no locks.
     """
-    descriptor = _acquire(path, wait=wait)
+    descriptor = _acquire(path, wait=wait, patience_seconds=patience_seconds)
     try:
         _write(descriptor, json.dumps(owner(label)).encode())
         yield descriptor
@@ -44,19 +44,19 @@ def exclusive(path: Path, label: str, *, wait: bool = True) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _acquire(path: Path, *, wait: bool) -> int:
+def _acquire(path: Path, *, wait: bool, patience_seconds: float) -> int:
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:
         raise Refused(f"cannot write {path}: {error.strerror}; make it writable, or work in a clone") from None
     try:
-        said = 0.0
+        say_at = time.monotonic() + patience_seconds
         while not _try(descriptor, path):
             holder = describe(os.pread(descriptor, 1 << 16, 0))
             if not wait:
-                raise Refused(f"another experiment runs in this repository ({holder}); without --no-wait this waits")
-            if time.monotonic() - said > SAID_EVERY_SECONDS:
-                said = time.monotonic()
+                raise Refused(f"another experiment runs in this folder ({holder}); without --no-wait this waits")
+            if time.monotonic() >= say_at:
+                say_at = time.monotonic() + SAID_EVERY_SECONDS
                 say(f"waiting for the experiment of {holder}")
             time.sleep(POLL_SECONDS)
     except BaseException:

@@ -89,6 +89,7 @@ class Verdict:
     spill_count: int | None = None
     copy_count: int | None = None
     program_sha256: str = ""
+    champion_ms: dict[str, float] = field(default_factory=dict)  # chip mode: the champion's times in this very run
     seconds: float = 0.0
     stage_seconds: dict[str, float] = field(default_factory=dict)
 

@@ -22,6 +22,7 @@ LEDGER = "results.tsv"
 ARCHIVE = "experiments.bundle"
 REFS = "refs/ratchet"
 SCRATCH = ".ratchet"  # ignored by git
+TURN_PATIENCE_SECONDS = 5.0  # a turn takes milliseconds, but for one that packs the repository
 
 _SETTINGS = (
     "core.hooksPath=/dev/null",
@@ -32,6 +33,10 @@ _SETTINGS = (
     "core.quotePath=false",
 )
 _IN_PROGRESS = ("MERGE_HEAD", "CHERRY_PICK_HEAD", "REVERT_HEAD", "rebase-merge", "rebase-apply", "BISECT_LOG")
+
+
+class Killed(Refused):
+    """A git of ours was killed, so what it was asked has no answer: neither yes nor no."""
 
 
 class Repository:
@@ -49,6 +54,8 @@ class Repository:
         self.common_folder = Path(self._repo.common_dir)  # of all worktrees
         self.scratch = folder / SCRATCH
         self._inherited: tuple[int, ...] = ()
+        self._in_turn = False
+        self._label = ""
         if (self.common_folder / "config").is_file() and self._config("extensions.objectFormat") not in ("", "sha1"):
             raise Refused("the ledger holds SHA-1 commits: use a repository made with git init --object-format=sha1")
 
@@ -64,6 +71,8 @@ class Repository:
             check=False,
             pass_fds=self._inherited,
         )
+        if done.returncode < 0:
+            raise Killed(f"git {arguments[0]} was killed by signal {-done.returncode}: run it again")
         if done.returncode:
             message = done.stderr.decode(errors="replace").strip()
             raise Refused(f"git {arguments[0]} failed: {message or f'code {done.returncode}'}")
@@ -76,6 +85,8 @@ class Repository:
         """What git prints, nothing where it fails: for questions whose no is a failure."""
         try:
             return self.git(*arguments)
+        except Killed:
+            raise
         except Refused:
             return ""
 
@@ -96,14 +107,30 @@ class Repository:
 
     @contextmanager
     def exclusive(self, label: str, *, wait: bool = True) -> Iterator[None]:
-        """One experiment at a time, in this worktree and all others of the repository."""
-        with exclusive(self.common_folder / "ratchet.lock", label, wait=wait) as descriptor:
-            self._inherited = (descriptor,)
+        """One command at a time in this working copy. Other worktrees have a lock each, and go on: see `turn`."""
+        with exclusive(self.git_folder / "ratchet.lock", label, wait=wait) as descriptor:
+            self._inherited, self._label = (descriptor,), label
             try:
                 self._make_scratch()
                 yield
             finally:
                 self._inherited = ()
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Alone among all worktrees, and among candidates that are judged at the same time: for the moments in which
+        refs and the ledger are written. Inside a turn it is the same turn.
+        """
+        if self._in_turn:
+            yield
+            return
+        path, outer = self.common_folder / "ratchet-turn.lock", self._inherited
+        with exclusive(path, self._label, patience_seconds=TURN_PATIENCE_SECONDS) as descriptor:
+            self._inherited, self._in_turn = (*outer, descriptor), True
+            try:
+                yield
+            finally:
+                self._inherited, self._in_turn = outer, False
 
     def _make_scratch(self) -> None:
         try:
@@ -150,6 +177,8 @@ class Repository:
     def is_ancestor(self, commit: str, descendant: str) -> bool:
         try:
             self.run("merge-base", "--is-ancestor", commit, descendant)
+        except Killed:
+            raise
         except Refused:
             return False
         return True

@@ -20,7 +20,7 @@ from pathlib import Path
 from judge import channel
 
 MAX_FILE_BYTES = 8 << 30
-_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _LIBC = ctypes.CDLL(None)
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 _KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR")
@@ -56,7 +56,7 @@ class Process:
         clean = {name: os.environ[name] for name in _KEPT if name in os.environ}
         with self._log.open("wb") as log:
             # What a signal handler raises while Python forks is printed and lost, so signals wait.
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
             try:
                 self._process = subprocess.Popen(
                     [sys.executable, "-I", "-B", str(script), *arguments],
@@ -114,8 +114,15 @@ class Process:
                 self._process.returncode = os.waitstatus_to_exitcode(status)
 
 
+def end_with_parent(parent: int) -> None:
+    """For a process that was just started by process `parent`: it is killed as soon as that one ends."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def _limit() -> None:
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (MAX_FILE_BYTES, MAX_FILE_BYTES))

@@ -8,13 +8,17 @@ results.tsv are ever written; other files, the index entries of other files and 
 Each step is in the journal before it is taken, and may be taken twice. So whatever kills an experiment, the next
 command looks at the journal: an edit that was not yet a commit is left as it is, an attempt that was being judged gets
 a row that says FAIL_CRASH, and a verdict that was known is recorded.
+
+Candidates that are judged at the same time have a journal each and go through the same steps. What writes refs or the
+ledger is done in turns, and a turn that begins finishes first what a killed one has left half recorded; so one verdict
+at most is ever on its way, and each is compared with the champion of the moment in which it is recorded.
 """
 
 import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,12 +26,13 @@ from typing import Any
 
 from judge import git_locks, ledger
 from judge.decide import PASS
-from judge.journal import Entry, Journal
+from judge.journal import JOURNALS, STATES, Entry, Journal
 from judge.ledger_index import LedgerIndex
 from judge.lock import Refused, say
 from judge.repository import KERNEL, LEDGER, REFS, Repository, blob_id
 
 INDEX_WAIT_SECONDS = 5.0
+SEVERAL = "candidates"  # what a journal is about that only names what others are about
 _MANY_BYTES = 10 << 20  # of a ledger that takes seconds to read
 
 
@@ -55,11 +60,11 @@ class Plan:
 
 
 class Transaction:
-    """The steps in one repository, by whoever holds its lock."""
+    """The steps in one working copy, by whoever holds its lock. `journal`: a name that JOURNALS matches."""
 
-    def __init__(self, repository: Repository) -> None:
+    def __init__(self, repository: Repository, journal: str = "journal.json") -> None:
         self.repository = repository
-        self.journal = Journal(repository.scratch / "journal.json")
+        self.journal = Journal(repository.scratch / journal)
         self._index: LedgerIndex | None = None
 
     # --- before the experiment ---
@@ -70,11 +75,24 @@ class Transaction:
         Raises Refused or LedgerError where it may not, with advice.
         """
         self.repository.check_branch()
-        with _signals_ignored():
+        with self._step():
             self.recover()
-        index = self.open_ledger()
-        self.repository.check_files()
+        return self.begin()
+
+    def begin(self) -> LedgerIndex:
+        """The second half of `start`, for a candidate while others of the same command are judged."""
+        with self.repository.turn():
+            with _signals_ignored():
+                self._finish_others()
+            index = self.open_ledger()
+            self.repository.check_files()
         return index
+
+    @contextmanager
+    def _step(self) -> Iterator[None]:
+        """What no other worktree or candidate writes beside, and no signal ends half way."""
+        with self.repository.turn(), _signals_ignored():
+            yield
 
     def open_ledger(self) -> LedgerIndex:
         """The ledger, checked to be what HEAD has: nobody writes it but an experiment."""
@@ -110,17 +128,17 @@ class Transaction:
     # --- the experiment ---
 
     @contextmanager
-    def attempt(self, plan: Plan) -> Iterator[Candidate]:
-        """kernel.py's edit as a commit, to be judged and recorded inside; undone if that ends before `record`.
+    def attempt(self, plan: Plan, data: bytes) -> Iterator[Candidate]:
+        """A kernel.py as a commit, to be judged and recorded inside; undone if that ends before `record`.
 
         Raises Refused where the disk does not take it.
         """
         try:
-            with _signals_ignored():
-                candidate = self._commit_attempt(plan)
+            with self._step():
+                candidate = self._commit_attempt(plan, data)
             yield candidate
         except BaseException as error:
-            with _signals_ignored():
+            with self._step():
                 told = self._undo()
             if isinstance(error, OSError):
                 where = f" ({error.filename})" if error.filename else ""
@@ -129,34 +147,32 @@ class Transaction:
                 raise type(error)(f"{error}: {told}") from None
             raise
 
-    def _commit_attempt(self, plan: Plan) -> Candidate:
+    def _commit_attempt(self, plan: Plan, data: bytes) -> Candidate:
         repository, head = self.repository, self.repository.head
-        data = (repository.folder / KERNEL).read_bytes()
         unchanged = data == repository.file_at(head, KERNEL)
-        commit = repository.git("rev-list", "-1", "HEAD", "--", KERNEL) if unchanged else ""
+        if unchanged:
+            commit = repository.git("rev-list", "-1", "HEAD", "--", KERNEL)
+        else:
+            commit = repository.commit(head, {KERNEL: repository.write_blob(data)}, plan.note, [head])
         entry = Entry(
             state="prepared",
             what="experiment",
             branch=repository.branch,
             parent=head,
+            commit=commit,
             unchanged=unchanged,
-            ref=self.free_ref(f"{REFS}/{plan.lineage}/{plan.number}", commit),
+            ref=self.free_ref(f"{REFS}/{plan.lineage}/{plan.number}"),
             **{name: getattr(plan, name) for name in Plan.__dataclass_fields__},
         )
         self.journal.write(entry)
-        if not unchanged:
-            commit = repository.commit(head, {KERNEL: repository.write_blob(data)}, plan.note, [head])
-        if entry.ref:
-            repository.git("update-ref", entry.ref, commit, "")  # only where there is none
-        self.journal.advance(state="committed", commit=commit)
+        repository.git("update-ref", entry.ref, commit, "")  # only where there is none
+        self.journal.advance(state="committed")
         return Candidate(commit=commit, parent=head, data=data, unchanged=unchanged)
 
-    def free_ref(self, ref: str, commit: str) -> str:
-        """`ref`, or with a suffix where another branch's attempt has it; empty where this very commit has one."""
+    def free_ref(self, ref: str) -> str:
+        """`ref`, or with a suffix where another branch's attempt has it."""
         free, suffix = ref, 1
-        while taken := self.repository.ask("rev-parse", "-q", "--verify", free):
-            if taken == commit:
-                return ""
+        while self.repository.ask("rev-parse", "-q", "--verify", free):
             suffix += 1
             free = f"{ref}-{suffix}"
         return free
@@ -165,24 +181,61 @@ class Transaction:
         """Notes the judging's private folder, so that it goes even if this process is killed."""
         self.journal.advance(folder=str(folder))
 
-    def record(self, row: ledger.Row) -> None:
+    @contextmanager
+    def recording(self) -> Iterator[LedgerIndex | None]:
+        """The ledger of this moment, None where it or the branch is not what an experiment may add to.
+
+        Until `record` inside has ended, no other candidate is recorded.
+        """
+        with self._step():
+            self._finish_others()
+            yield self._ledger_now()
+
+    def _ledger_now(self) -> LedgerIndex | None:
+        index, repository = self._index, self.repository
+        if repository.branch != self._entry.branch:
+            return None
+        if index is not None and index.is_at(repository.blob_at("HEAD", LEDGER)):
+            return index
+        try:
+            return self.open_ledger()
+        except (Refused, ledger.LedgerError):
+            return None
+
+    def record(self, row: ledger.Row, champion: str = "") -> ledger.Row:
         """Makes the verdict durable, then keeps the edit or takes it back. Signals wait until it is done.
 
-        Raises LedgerError for a row that could not be read back; nothing is recorded then.
+        Returns the row as it is in the ledger: a win is not one any more where the branch changed meanwhile.
+
+        `champion`: the commit that the row was compared with, in the same turn. Raises LedgerError for a row that could
+        not be read back; nothing is recorded then.
         """
         assert self._index is not None
-        with _signals_ignored():
+        with self._step():
             line = ledger.next_line(row, self._index.last_sha256)
             if row.number != self._index.count + 1:
                 raise ledger.LedgerError(f"row {row.number} where {self._index.count + 1} was expected")
-            self.journal.advance(state="judged", row=line)
-            self._finish()
+            self.journal.advance(state="judged", row=line, number=row.number, parent=self._base(champion))
+            return _row_of(self._finish())
+
+    def _base(self, champion: str) -> str:
+        """The branch's commit that the verdict is good for.
+
+        The present one, where rows were added meanwhile and kernel.py is that of the champion compared with; else the
+        one that the attempt began with, and a win is kept if the branch is as it was.
+        """
+        repository, entry, tip = self.repository, self._entry, self.repository.head
+        if tip == entry.parent or not champion or repository.branch != entry.branch:
+            return entry.parent
+        if repository.blob_at(tip, LEDGER) == repository.blob_at(entry.parent, LEDGER):
+            return entry.parent
+        return tip if repository.blob_at(tip, KERNEL) == repository.blob_at(champion, KERNEL) else entry.parent
 
     def commit_files(self, what: str, files: dict[str, bytes], message: str) -> None:
         """Commits other files of the loop's own on top of the branch: the archive."""
         repository = self.repository
         blobs = tuple((name, repository.write_blob(data)) for name, data in files.items())
-        with _signals_ignored():
+        with self._step():
             self.journal.write(
                 Entry(
                     state="judged",
@@ -198,20 +251,42 @@ class Transaction:
     @contextmanager
     def changing_refs(self, what: str) -> Iterator[None]:
         """For a change of refs that may simply be made again; a kill leaves git's lock files to the next command."""
-        if self.journal.path.exists():
+        if any(self.repository.scratch.glob(JOURNALS)):
             raise Refused("an experiment was interrupted: run the next one first, which finishes it")
+        with self.repository.turn():
+            self.journal.write(
+                Entry(state="prepared", what=what, branch=self.repository.branch, parent=self.repository.head)
+            )
+            yield
+            self.journal.clear()
+
+    @contextmanager
+    def several(self, candidates: Mapping[str, bytes], count: int) -> Iterator[None]:
+        """Candidates, name → kernel.py, are judged at the same time inside, each by a Transaction with its own journal.
+
+        `count`: the ledger's rows before. Afterwards what a killed one has left is finished or undone, and those
+        without a row are named, by the next command where this one is killed.
+        """
+        repository = self.repository
+        blobs = tuple((name, repository.write_blob(data)) for name, data in candidates.items())
+        head = repository.head
         self.journal.write(
-            Entry(state="prepared", what=what, branch=self.repository.branch, parent=self.repository.head)
+            Entry(state="prepared", what=SEVERAL, branch=repository.branch, parent=head, number=count, files=blobs)
         )
-        yield
-        self.journal.clear()
+        try:
+            yield
+        finally:
+            with self._step():
+                self.recover()
 
     # --- the steps from a known verdict on; each may be taken again ---
 
-    def _finish(self) -> None:
+    def _finish(self) -> Entry:
         self._move()
         self._settle()
+        entry = self._entry
         self._forget()
+        return entry
 
     def _move(self) -> None:
         """judged → recorded: the ledger's line, its commit, the branch."""
@@ -248,7 +323,7 @@ class Transaction:
             blobs[KERNEL] = repository.blob_at(entry.commit, KERNEL)
         parents = [tip]
         if is_kept and not repository.is_ancestor(entry.commit, tip):
-            parents = [entry.commit] if tip == entry.parent else [tip, entry.commit]
+            parents = [entry.commit] if repository.is_ancestor(tip, entry.commit) else [tip, entry.commit]
         return repository.commit(tip, blobs, f"{_subject(row)}\n\n{row.note}", parents)
 
     def _fit_to(self, tip: str) -> None:
@@ -329,22 +404,40 @@ class Transaction:
         return "nothing was recorded"
 
     def _drop_ref(self, entry: Entry) -> None:
-        """The name was free when the journal took it, so what is there is this attempt's."""
-        if entry.ref and self.repository.ask("rev-parse", "-q", "--verify", entry.ref):
-            self.repository.git("update-ref", "-d", entry.ref)
+        """Only where it is this attempt's: a worktree may have taken the name since this one was killed."""
+        if entry.ref and self.repository.ask("rev-parse", "-q", "--verify", entry.ref) == entry.commit:
+            self.repository.git("update-ref", "-d", entry.ref, entry.commit)
 
     # --- after a crash ---
 
     def recover(self) -> None:
-        """Finishes or undoes what the journal says was under way, and says which in one line."""
-        if not self.journal.load():
-            aside = _unused(self.journal.path.with_suffix(".unreadable"))
-            self.journal.path.rename(aside)
-            self.journal.entry = None
-            say(f"the journal cannot be read: it is now {aside.relative_to(self.repository.folder)}")
-        entry = self.journal.entry
-        if entry is None:
-            return
+        """Finishes or undoes what the journals say was under way, and says which, in a line each."""
+        for interrupted in self._interrupted():
+            interrupted._recover()
+
+    def _finish_others(self) -> None:
+        """Finishes what a candidate beside this one was killed, or failed, in the middle of recording."""
+        for other in self._interrupted():
+            if other._entry.state in ("judged", "recorded") and other.journal.path != self.journal.path:
+                other._recover()
+
+    def _interrupted(self) -> "list[Transaction]":
+        """One for each journal, the one nearest to its end first: the ledger may have a part of its line."""
+        found = [Transaction(self.repository, path.name) for path in sorted(self.journal.path.parent.glob(JOURNALS))]
+        readable = [transaction for transaction in found if transaction._load()]
+        return sorted(readable, key=lambda transaction: STATES.index(transaction._entry.state), reverse=True)
+
+    def _load(self) -> bool:
+        """Whether there is something to recover. A journal that cannot be read is set aside."""
+        if self.journal.load():
+            return self.journal.entry is not None
+        aside = _unused(self.journal.path.with_suffix(".unreadable"))
+        self.journal.path.rename(aside)
+        say(f"the journal cannot be read: it is now {aside.relative_to(self.repository.folder)}")
+        return False
+
+    def _recover(self) -> None:
+        entry = self._entry
         repository = self.repository
         if entry.branch != repository.branch:
             if repository.ask("rev-parse", "-q", "--verify", entry.branch):
@@ -358,9 +451,14 @@ class Transaction:
         else:
             git_locks.clear_abandoned(repository, entry)
             told = self._recovered(entry)
-        say(f"recovered: {told}")
+        if told:
+            say(f"recovered: {told}")
 
     def _recovered(self, entry: Entry) -> str:
+        if entry.what == SEVERAL:
+            names = self._without_row(entry)
+            self._forget()
+            return f"not judged, to be tried again: {', '.join(names)}" if names else ""
         if entry.state == "prepared":
             self._drop_ref(entry)
             self._forget()
@@ -382,6 +480,13 @@ class Transaction:
         if not entry.row:
             return f"experiment {entry.number} was killed while it was judged: row FAIL_CRASH, kernel.py is as it was"
         return f"experiment {entry.number} was judged {_row_of(entry).status} when it was killed, and is recorded"
+
+    def _without_row(self, entry: Entry) -> list[str]:
+        """Which of several candidates have none: their journals are settled by now."""
+        index = self.open_ledger()
+        rows = (index.row(number) for number in range(entry.number + 1, index.count + 1))
+        judged = {self.repository.blob_at(row.commit, KERNEL) for row in rows}
+        return [name for name, blob in entry.files if blob not in judged]
 
     def _crashed(self, entry: Entry) -> None:
         """committed → judged, with the row of an attempt whose judging did not come to an end."""

@@ -294,7 +294,7 @@ def test_signal_leaves_everything_as_it_was(project, number, code):
         if number == signal.SIGTERM:  # while the first one runs, a second is refused
             second = project.ratchet("--no-wait", "me too")
             assert second.code == 2
-            assert f"another experiment runs in this repository (process {running.pid} on " in second.err
+            assert f"another experiment runs in this folder (process {running.pid} on " in second.err
             assert "'larger tiles'" in second.err
         running.send_signal(number)
         said = running.stderr.read()

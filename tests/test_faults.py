@@ -296,25 +296,95 @@ def test_two_loops_at_once(folder):
     assert len(reported) >= len(REPORTED) + 5
 
 
-def test_worktrees_take_turns(folder):
-    other = folder.parent / "another worktree"
-    fake.git(folder, "worktree", "add", "-q", "-b", "other", str(other))
-    pid = fake.start(folder, "first", seconds=1.0)
+def test_one_experiment_at_a_time_in_a_folder(folder):
+    pid = fake.start(folder, "first", seconds=0.5)
     lock = folder / ".git" / "ratchet.lock"
     while "first" not in lock.read_text():
         time.sleep(0.01)
-    assert fake.run(other, "second", wait=False) == 2
-    told = fake.said(other)
-    assert f"another experiment runs in this repository (process {pid} on " in told
+    assert fake.run(folder, "second", wait=False) == 2
+    told = fake.said(folder)
+    assert f"another experiment runs in this folder (process {pid} on " in told
     assert "'first'" in told
-    assert fake.run(other, "second") == 0
-    assert "waiting for the experiment of process" in fake.said(other)
     assert fake.end(pid) == 0
-    for place in (folder, other):
+    assert fake.run(folder, "second", wait=False) == 0
+    fake.check(folder, REPORTED | {"second": 0})
+
+
+def worktree(folder: Path) -> Path:
+    other = folder.parent / "another worktree"
+    fake.git(folder, "worktree", "add", "-q", "-b", "other", str(other))
+    return other
+
+
+def journals(*folders: Path) -> list[str]:
+    return [path.read_text() for place in folders for path in (place / ".ratchet").glob(journal.JOURNALS)]
+
+
+def wait_for(condition) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_worktrees_judge_at_the_same_time(folder):
+    """Each on its own branch, which has its own champion and ledger; the attempts' refs are shared."""
+    other = worktree(folder)
+    fake.edit(folder, 64)
+    fake.edit(other, 128)
+    pids = [fake.start(folder, "here", seconds=3600), fake.start(other, "there", seconds=3600)]
+    wait_for(lambda: sum('"committed"' in text for text in journals(folder, other)) == 2)
+    fake.kill(pids[0], with_children=True)
+    fake.git(folder, "checkout", "-q", "kernel.py")
+    assert fake.run(folder, "next") == 0  # while the other one is judged
+    fake.kill(pids[1], with_children=True)
+    assert fake.run(other, "next there") == 0
+    for place, notes in ((folder, ["here", "next"]), (other, ["there", "next there"])):
+        assert [row.note for row in ledger.read(place / "results.tsv")][2:] == notes
         assert audit(place) == []
         assert fake.git(place, "status", "--porcelain") == ""
-    refs = fake.git(folder, "for-each-ref", "--format=%(refname)").split()
-    assert {"refs/heads/main", "refs/heads/other"} < set(refs)
+        refs = fake.git(folder, "for-each-ref", "--format=%(objectname)", "refs/ratchet").split()
+        assert {row.commit for row in ledger.read(place / "results.tsv")} <= set(refs)
+
+
+def test_ref_that_a_worktree_took_after_a_kill_stays(folder):
+    other = worktree(folder)
+    fake.edit(other, 8, " there")
+    assert fake.run(other, "killed", before=fake.dies_at_journal(0, afterwards=True)) == -signal.SIGKILL
+    fake.edit(folder, 8, " here")
+    assert fake.run(folder, "here") == 1
+    fake.git(other, "checkout", "-q", "kernel.py")
+    assert fake.run(other, "there") == 0
+    assert "had hardly begun" in fake.said(other)
+    fake.check(folder, REPORTED | {"here": 1})
+
+
+def test_many_loops_in_worktrees(folder):
+    """Three loops, each in its worktree, killed at random: none disturbs another."""
+    draw = random.Random(5)
+    others = [folder.parent / f"worktree {number}" for number in range(2)]
+    for number, other in enumerate(others):
+        fake.git(folder, "worktree", "add", "-q", "-b", f"branch-{number}", str(other))
+    places = [folder, *others]
+    for number in range(5):
+        pids = []
+        for place in places:
+            fake.edit(place, draw.choice([8, 64 + number]), f" {number}")
+            pids.append(fake.start(place, f"killed {number}"))
+        time.sleep(draw.uniform(0, 0.3))
+        for pid in pids:
+            fake.kill(pid, with_children=draw.random() < 0.5)
+        pids = [fake.start(place, f"next {number}") for place in places]
+        for place, pid in zip(places, pids, strict=True):
+            code = fake.end(pid)
+            assert code in (0, 1) or "is not what it was" in fake.said(place), fake.said(place)
+            fake.git(place, "checkout", "-q", "kernel.py")
+            assert audit(place) == []
+            assert fake.git(place, "status", "--porcelain") == ""
+            if code < 2:
+                assert ledger.read(place / "results.tsv")[-1].note == f"next {number}"
+    refs = set(fake.git(folder, "for-each-ref", "--format=%(objectname)", "refs/ratchet").split())
+    assert {row.commit for place in places for row in ledger.read(place / "results.tsv")} <= refs
 
 
 def test_kernel_that_changed_while_waiting_is_not_judged(folder):

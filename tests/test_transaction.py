@@ -1,5 +1,6 @@
 """judge/transaction.py: which repositories are refused, and what a kill between two steps leaves."""
 
+import fcntl
 import json
 import os
 import signal
@@ -35,7 +36,7 @@ def attempting(project, note="a note", lineage=1):
         transaction = Transaction(repository)
         number = transaction.start().count + 1
         plan = Plan(number=number, lineage=lineage, chip="v5e", mode="model", note=note, judge_sha256="")
-        with transaction.attempt(plan) as candidate:
+        with transaction.attempt(plan, project.kernel.read_bytes()) as candidate:
             yield transaction, candidate
 
 
@@ -260,6 +261,26 @@ def test_signals_wait_until_the_row_is_durable(project):
     )
     assert done.stdout == "still here\n"
     assert done.returncode == -signal.SIGTERM
+
+
+def test_a_git_that_was_killed_is_no_answer(project):
+    repository = Repository(project.folder)
+    for question in (repository.ask, repository.git):
+        with pytest.raises(Refused, match="was killed by signal 9: run it again"):
+            question("-c", "alias.die=!kill -9 $PPID", "die")
+    assert repository.ask("rev-parse", "-q", "--verify", "nothing") == ""
+
+
+def test_turns_are_taken_between_worktrees_and_not_within_one(project, tmp_path):
+    project.git("worktree", "add", "-q", "-b", "other", str(tmp_path / "other"))
+    here, there = Repository(project.folder), Repository(tmp_path / "other")
+    lock = project.folder / ".git" / "ratchet-turn.lock"
+    with here.exclusive("here"), there.exclusive("there", wait=False), here.turn(), here.turn():
+        assert json.loads(lock.read_text())["label"] == "here"
+        with lock.open() as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with there.turn():
+        assert lock.read_text()
 
 
 def test_lock_knows_its_owner(project):
