@@ -1,0 +1,46 @@
+"""benchmarks/peers.py: every kernel is judged on one problem; a peer's file is its wrapper and that problem alone."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+from judge import contract, policy
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+import peers
+
+PREFILL = next(shape for shape in peers.SHAPES if shape.batch == "prefill")
+
+
+def source(text: str) -> contract.Source:
+    return contract.check_source(text.encode(), "kernel.py")
+
+
+@pytest.mark.parametrize("peer", ["rpa_v3", "jax_rpa"])
+def test_a_peer_gets_the_problem_and_not_our_kernel(peer):
+    base = peers.problem(PREFILL)
+    text = peers.with_peer(base, peer)
+    theirs, ours = source(text), source(f"{base}\nNEEDS = {source(text).needs!r}\n")
+    assert contract.changed_symbols(theirs, ours) == []
+    assert "pallas_call" not in text
+    assert policy.violations(ast.parse(text), theirs.needs) == []
+
+
+def test_a_shape_is_in_the_problem():
+    shape = peers.Shape(name="s", batch="decode", context=1000, num_seqs=3, num_q_heads=8, num_kv_heads=4, page_size=16)
+    module: dict[str, object] = {}
+    exec(compile(peers.with_peer(peers.problem(shape), "jax_rpa"), "problem", "exec"), module)
+    arguments = module["WORKLOADS"]["shape"]
+    assert (arguments["num_pages"], module["NUM_KV_HEADS"], module["MAX_CONTEXT"]) == (3 * 63, 4, 1000)
+    q_lens, kv_lens, decodes = module["_lengths"](**arguments)
+    assert (list(q_lens), decodes) == ([1, 1, 1], 3)
+    assert kv_lens.min() >= 500 and kv_lens.max() <= 1000
+    # QK^T and PV, two FLOPs a multiply-add, 8 heads of 128 channels.
+    assert module["compute_flops"](**arguments) == 2 * 2 * 8 * 128 * kv_lens.sum()
+
+
+def test_shapes_have_names_of_their_own():
+    assert len({shape.name for shape in peers.SHAPES}) == len(peers.SHAPES)
