@@ -106,6 +106,20 @@ def test_a_wait_behind_completion_costs_its_own_cycles_alone(run):
     assert done.dma_wait_cycles == 5
 
 
+def test_what_shares_a_bundle_with_a_wait_happens_when_the_wait_ends(run):
+    machine = dataclasses.replace(MACHINE, wait_cycles=1)
+    first, follows, waits = copy(1), copy(2)[2:-2].replace("%90", "%93"), wait(1)
+    for bundle in (f"{{ {waits[0][2:-2]}  ;;  {follows} }}", f"{{ {follows}  ;;  {waits[0][2:-2]} }}"):
+        done = run([OPERAND, first, bundle, waits[1], *wait(2)], machine=machine)
+        assert [dma.issue_cycle for dma in done.dmas] == [1, 117]  # the first is done at 117, which ends the wait
+        assert done.cycles == 117 + 16 + 100 + 2
+    flag = run([OPERAND, first, f"{{ {waits[0][2:-2]}  ;;  {waits[1][2:-2]} }}"], machine=machine)
+    assert flag.cycles == 117 + 1  # the count is taken off behind the wait, in either order
+    off = f"{{ %91 = dma.done.wait (%p3_p1), [#allocation1], 16  ;;  {follows} }}"
+    never = "{ %p3_p1 = scmp.eq.s32.totalorder 0, 1 }"
+    assert [dma.issue_cycle for dma in run([OPERAND, never, off, *wait(2)], machine=machine).dmas] == [2]
+
+
 def test_copies_take_turns_on_the_path_whatever_their_flags(run):
     done = run([OPERAND, copy(1), copy(2), *wait(2), *wait(1)])
     assert [dma.done_cycle for dma in done.dmas] == [117, 133]  # 17 + 16 + 100

@@ -22,6 +22,10 @@ class UnknownOpcode(ParseError):
     """A vector instruction that the machine has no figures for: no total can be given."""
 
 
+class EmptyQueue(ParseError):
+    """A result is popped that nothing pushed: when it would be there is not known."""
+
+
 # What a bundle may wait for; stall cycles are reported by these names.
 CAUSES = ("MXU", "XLU", "EUP", "load", "VALU", "scalar", "DMA wait", "branch")
 
@@ -123,7 +127,8 @@ class _Record:
 
     needs: tuple[tuple[str, str], ...]  # (key, cause where its producer is not known)
     pops: tuple[str, ...]  # result queues
-    leaves: tuple[tuple[str, int, str], ...]  # (key, ready after, cause)
+    leaves: tuple[tuple[str, int, str], ...]  # (register or result, ready after, cause): the last write counts
+    holds: tuple[tuple[str, int, str], ...]  # (unit, free after, cause): the latest counts
     shifts: tuple[tuple[str, int], ...]  # pairs: the second last counts
     pushes: tuple[tuple[str, int, int, int], ...]  # (queue, first ready after, results, spacing)
 
@@ -161,6 +166,7 @@ class Issue:
         self.dump = dump
         self.machine = machine
         self.results_of = _results_of(dump)
+        self.results = {slot.result for bundle in dump.bundles for slot in bundle.slots}
         self.stretches: list[Stretch] = []
         self.states: dict[tuple[object, ...], State] = {}
         self.start = self._intern({}, {}, {})
@@ -196,15 +202,20 @@ class Issue:
                     at, held = when, causes.get(key, cause)
             for name in record.pops:
                 waiting = queues.get(name)
-                if waiting:
-                    when = waiting.pop(0)
-                    if when > at:
-                        at, held = when, "XLU" if name.endswith("trf") else "MXU"
+                if not waiting:
+                    raise self._nothing_to_pop(address, name)
+                when = waiting.pop(0)
+                if when > at:
+                    at, held = when, "XLU" if name.endswith("trf") else "MXU"
             if at > now:
                 stalls.append((address, held, at - now))
             for key, after, cause in record.leaves:
                 ready[key] = at + after
                 causes[key] = cause
+            for key, after, cause in record.holds:
+                if at + after > get(key, 0):
+                    ready[key] = at + after
+                    causes[key] = cause
             for key, after in record.shifts:
                 ready[key] = get(key + "'", 0)
                 ready[key + "'"] = at + after
@@ -231,6 +242,11 @@ class Issue:
         state[number] = run
         self.runs.append((number, run))
         return run
+
+    def _nothing_to_pop(self, address: int, queue: str) -> EmptyQueue:
+        return EmptyQueue(
+            f"{self.dump.path.name}: the bundle at {address:#x} pops {queue}, which nothing was pushed to"
+        )
 
     def stalls(self) -> Counter[tuple[int, str]]:
         """(bundle, cause) → cycles that it came later than the bundle before it allows, over all runs so far.
@@ -282,7 +298,10 @@ class Issue:
             cause = _CAUSE_OF_CLASS.get(kind, "VALU")
             operands = _GUARD.sub("", slot.rest)  # no cycle is counted between a predicate and what it guards
             draft.needs += [(register, "VALU") for register in _REGISTER.findall(operands)]
-            draft.needs += [(name, cause) for name in _NAMED.findall(slot.rest)]
+            named = _NAMED.findall(slot.rest)
+            draft.needs += [(name, cause) for name in named]
+            if kind in ("pop", "xlu_pop") and not self.results.issuperset(named):
+                raise self._nothing_to_pop(bundle.address, slot.rest)
             if kind in _UNIT_RULES:
                 _UNIT_RULES[kind](self, slot, kind, _unit(slot), draft)
             elif kind != "none" or slot.register is not None:
@@ -292,6 +311,7 @@ class Issue:
             needs=tuple(draft.needs),
             pops=tuple(draft.pops),
             leaves=tuple(draft.leaves),
+            holds=tuple(draft.holds),
             shifts=tuple(draft.shifts),
             pushes=tuple(draft.pushes),
         )
@@ -304,6 +324,7 @@ class _Draft:
     needs: list[tuple[str, str]] = field(default_factory=list)
     pops: list[str] = field(default_factory=list)
     leaves: list[tuple[str, int, str]] = field(default_factory=list)
+    holds: list[tuple[str, int, str]] = field(default_factory=list)
     shifts: list[tuple[str, int]] = field(default_factory=list)
     pushes: list[tuple[str, int, int, int]] = field(default_factory=list)
 
@@ -325,7 +346,7 @@ def _xlu_push(issue: Issue, slot: Slot, kind: str, unit: str, draft: _Draft) -> 
     draft.needs.append((f"{unit}.{kind}", "XLU"))
     cadence = kind if variant == "rotate" else variant
     for following in _XLU_KINDS:
-        draft.leaves.append((f"{unit}.{following}", machine.cadence(f"{cadence}_to_{following}"), "XLU"))
+        draft.holds.append((f"{unit}.{following}", machine.cadence(f"{cadence}_to_{following}"), "XLU"))
     if kind != "transpose":
         draft.leaves.append((slot.result, machine.latency(variant, unit), "XLU"))
     elif slot.opcode.endswith(".end"):  # the results come after the last row
@@ -352,7 +373,7 @@ def _xlu_pop(issue: Issue, slot: Slot, kind: str, unit: str, draft: _Draft) -> N
 def _matmul(issue: Issue, slot: Slot, kind: str, unit: str, draft: _Draft) -> None:
     machine, dtype = issue.machine, _dtype(slot.opcode)
     draft.needs.append((f"{unit}.matmul", "MXU"))
-    draft.leaves.append((f"{unit}.matmul", machine.cadence(f"matmul_{dtype}"), "MXU"))
+    draft.holds.append((f"{unit}.matmul", machine.cadence(f"matmul_{dtype}"), "MXU"))
     if ".vlgmr" in slot.opcode:  # takes the weights that were pushed
         draft.needs.append((f"{unit}.{_staging(slot.opcode)}", "MXU"))
     after, spacing = machine.latency(f"matmul_{dtype}"), machine.cadence(f"mxu_pop_{dtype}")
@@ -383,16 +404,16 @@ def _push(issue: Issue, slot: Slot, kind: str, unit: str, draft: _Draft) -> None
     machine = issue.machine
     dtype = ("xpose_" if ".xpose" in slot.opcode else "") + _dtype(slot.opcode)
     draft.needs.append((f"{unit}.push", "MXU"))
-    draft.leaves.append((f"{unit}.{_staging(slot.opcode)}", machine.latency(f"push_{dtype}"), "MXU"))
+    draft.holds.append((f"{unit}.{_staging(slot.opcode)}", machine.latency(f"push_{dtype}"), "MXU"))
     if machine.pushes_pairs:
         draft.shifts.append((f"{unit}.push", machine.cadence(f"push_{dtype}")))
     else:
-        draft.leaves.append((f"{unit}.push", machine.cadence(f"push_{dtype}"), "MXU"))
+        draft.holds.append((f"{unit}.push", machine.cadence(f"push_{dtype}"), "MXU"))
 
 
 def _matprep(issue: Issue, slot: Slot, kind: str, unit: str, draft: _Draft) -> None:
     draft.needs.append((f"{unit}.prep", "MXU"))
-    draft.leaves.append((f"{unit}.prep", issue.machine.cadence(f"matmul_{_dtype(slot.opcode)}"), "MXU"))
+    draft.holds.append((f"{unit}.prep", issue.machine.cadence(f"matmul_{_dtype(slot.opcode)}"), "MXU"))
 
 
 _UNIT_RULES: dict[str, Callable[[Issue, Slot, str, str, _Draft], None]] = {
