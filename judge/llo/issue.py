@@ -165,6 +165,7 @@ class Issue:
     def __init__(self, dump: Dump, machine: Machine) -> None:
         self.dump = dump
         self.machine = machine
+        self._free = {b.address for b in dump.bundles if passed_over(b)} if machine.rule == "compiler" else set()
         self.results_of = _results_of(dump)
         self.results = {slot.result for bundle in dump.bundles for slot in bundle.slots}
         self.stretches: list[Stretch] = []
@@ -232,6 +233,8 @@ class Issue:
                     )
             if address in interest:
                 offsets.append(at)
+            if address in self._free:
+                continue
             gap = stretch.gaps.get(address, 0)
             if gap or address in stretch.delays:
                 stalls.append((address, "branch", gap + (address in stretch.delays)))
@@ -424,6 +427,11 @@ _UNIT_RULES: dict[str, Callable[[Issue, Slot, str, str, _Draft], None]] = {
     "mxu_pop": _mxu_pop,
     **dict.fromkeys(("push", "pushprep"), _push),
 }
+
+
+def passed_over(bundle: Bundle) -> bool:
+    """Whether libtpu passes over it in its estimate: empty, or a conditional branch alone. The hardware does not."""
+    return all(slot.opcode == "sbr.rel" and slot.rest.startswith("(") for slot in bundle.slots)
 
 
 def _results_of(dump: Dump) -> dict[str, int]:

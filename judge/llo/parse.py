@@ -45,6 +45,7 @@ class Allocation:
 
     name: str
     space: str
+    shape: str  # without its layout: bf16[2,256,128]
     size_bytes: int
     tag: str
     fixed: bool  # at a fixed address, outside the program's own scoped memory
@@ -69,7 +70,9 @@ _SLOT = re.compile(r"^%(\w+?)(?:_(s\d+|p\d+|vm\d+|v\d+))? = ([a-zA-Z][\w.\-]*)(.
 _REGION = re.compile(r"Start(/End empty)? region (\d+)")
 _REGION_START = re.compile(r"Start region (\d+)")
 _REGION_END = re.compile(r"End region (\d+)")
-_ALLOCATION = re.compile(r"^\s*#(allocation\w+) \[shape = '[^']*', space=(\w+), size = (0x[0-9a-f]+|0),?(.*)\]\s*$")
+_ALLOCATION = re.compile(
+    r"^\s*#(allocation\w+) \[shape = '([^'{]*)[^']*', space=(\w+), size = (0x[0-9a-f]+|0),?(.*)\]\s*$"
+)
 _TAG = re.compile(r"tag = '([^']*)'")
 _OFFSET = re.compile(r"offset = (0x[0-9a-f]+|0)\b")
 _HEADER = re.compile(r"^(= control target key (start|end)|[A-Z]{2}: [a-z ]+|)$")
@@ -159,11 +162,12 @@ def parse_allocations(path: Path) -> dict[str, Allocation]:
         match = _ALLOCATION.match(line)
         if match is None:
             raise ParseError(f"{path.name}:{number}: not an allocation: {line.strip()[:120]!r}")
-        name, space, size, rest = match.groups()
+        name, shape, space, size, rest = match.groups()
         tag, offset = _TAG.search(rest), _OFFSET.search(rest)
         allocations[name] = Allocation(
             name=name,
             space=space,
+            shape=shape,
             size_bytes=int(size, 16),
             tag=tag[1] if tag else "",
             fixed="fixed_abs" in rest,
