@@ -138,19 +138,29 @@ def _statements(path: Path) -> list[tuple[int, str, str]]:
             if _HEADER.match(text.strip()):
                 continue
             statements.append((number, [], []))
-        for piece in re.split(r"(/\*|\*/)", text):
-            if piece == "/*":
-                depth += 1
-            elif piece == "*/":
-                depth -= 1
-                if depth < 0:
-                    raise ParseError(f"{path.name}:{number}: a comment ends that never began")
-            else:
-                _, code, comments = statements[-1]
-                (comments if depth else code).append(piece)
+        try:
+            code, comment, depth = split_comments(text, depth)
+        except ParseError as error:
+            raise ParseError(f"{path.name}:{number}: {error}") from None
+        statements[-1][1].append(code)
+        statements[-1][2].append(comment)
     if depth:
         raise ParseError(f"{path.name}: a comment never ends")
     return [(number, "".join(code), " ".join(comment)) for number, code, comment in statements]
+
+
+def split_comments(text: str, depth: int = 0) -> tuple[str, str, int]:
+    """(code, comments, depth behind it) of text that begins `depth` comments deep: they nest. Raises ParseError."""
+    code: list[str] = []
+    comments: list[str] = []
+    for piece in re.split(r"(/\*|\*/)", text):
+        if piece in ("/*", "*/"):
+            depth += 1 if piece == "/*" else -1
+            if depth < 0:
+                raise ParseError("a comment ends that never began")
+        else:
+            (comments if depth else code).append(piece)
+    return "".join(code), " ".join(comments), depth
 
 
 def parse_allocations(path: Path) -> dict[str, Allocation]:
