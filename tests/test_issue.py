@@ -516,27 +516,28 @@ def test_empty_bundles_in_a_delay_are_lost_to_the_branch(run: Runs) -> None:
     assert done.stalls == {(address, "branch"): 1 for address in (2, 3, 4)}
 
 
+COPY = [
+    "{ %s1_s0 = inlined_call_operand.hbm [shape: s32[64], index: 0, kind: input, shape index: {}] }",
+    "%90 = dma.hbm_to_vmem /*hbm=*/%s1_s0, /*size_in_granules=*/16, /*vmem=*/[#allocation0], "
+    "/*dst_syncflagno=*/[#allocation1]",
+]
+WAIT = "%91 = dma.done.wait [#allocation1], 16"
+
+
 def test_a_result_that_arrives_during_a_wait_costs_nothing_more(run: Runs) -> None:
-    machine = dataclasses.replace(V6E, wait_cycles=5)
-    wait = "%9 = vwait.ge [#allocation1], 0"
-
-    def program(*between: str) -> list[str]:
-        return ["%5 = vpow2.f32 %v1_v1", *between, "%v2_v2 = vpop.eup %5"]
-
-    latency = machine.latency("eup")
-    assert run(program(), machine).stalls == {(1, "EUP"): latency - 1}
-    one = run(program(wait), machine)  # issues at 1 and ends at 6
-    assert (one.stalls, one.cycles) == ({(2, "EUP"): latency - 6}, latency + 1)
-    three = run(program(wait, wait, wait), machine)
-    assert latency <= 1 + 3 * 5
-    assert (three.stalls, three.cycles) == ({}, 1 + 3 * 5 + 1)
+    push, taken = "%5 = vpow2.f32 %v1_v1", "%v2_v2 = vpop.eup %5"
+    latency = V6E.latency("eup")
+    assert run([push, taken]).stalls == {(1, "EUP"): latency - 1}
+    assert run([push, "%9 = vwait.ge [#allocation1], 0", taken]).stalls == {(2, "EUP"): latency - 2}  # no time passes
+    done = run([*COPY, push, WAIT, taken])
+    assert done.dma_wait_cycles > latency
+    assert (done.stalls, done.cycles) == ({}, 5 + done.dma_wait_cycles)
 
 
 def test_a_unit_and_a_queue_are_free_again_after_a_wait(run: Runs) -> None:
-    machine = dataclasses.replace(V6E, wait_cycles=500)
-    wait = "%9 = vwait.ge [#allocation1], 0"
-    done = run([matmul(), wait, matmul(), wait, pop(2), pop(3)], machine)
-    assert (done.stalls, done.cycles) == ({}, 1 + 500 + 1 + 500 + 2)
+    done = run([*COPY, matmul(), WAIT, matmul(), *COPY[1:], "%92 = vsyncadd [#allocation1], -16", WAIT, pop(2), pop(3)])
+    assert done.dma_wait_cycles > 2 * V6E.latency("matmul_bf16")
+    assert (done.stalls, done.cycles) == ({}, 10 + done.dma_wait_cycles)
 
 
 def test_what_is_on_its_way_is_carried_into_the_next_stretch(tmp_path: Path) -> None:

@@ -338,14 +338,15 @@ def _unit(slot: Slot) -> str:
     return match[1] if match else ""
 
 
-def _dtype(opcode: str) -> str:
+def dtype_class(opcode: str) -> str:
+    """bf16, f32, int8, int4 or fp8, of an MXU instruction."""
     match = _DTYPE.search(opcode)
     name = match[1] if match else "f32"
     return _DTYPE_CLASS.get(name, "fp8")
 
 
 def _xlu_push(issue: Issue, slot: Slot, kind: str, unit: str, draft: _Draft) -> None:
-    machine, variant = issue.machine, _xlu_variant(slot.opcode, kind)
+    machine, variant = issue.machine, xlu_variant(slot.opcode, kind)
     draft.needs.append((f"{unit}.{kind}", "XLU"))
     cadence = kind if variant == "rotate" else variant
     for following in _XLU_KINDS:
@@ -354,11 +355,12 @@ def _xlu_push(issue: Issue, slot: Slot, kind: str, unit: str, draft: _Draft) -> 
         draft.leaves.append((slot.result, machine.latency(variant, unit), "XLU"))
     elif slot.opcode.endswith(".end"):  # the results come after the last row
         queue = f"{unit}.trf"
-        after, spacing = machine.latency(variant), machine.cadence("transpose_pop")
+        after, spacing = machine.latency(variant, unit), machine.cadence("transpose_pop")
         draft.pushes.append((queue, after, issue.results_of[queue], spacing))
 
 
-def _xlu_variant(opcode: str, kind: str) -> str:
+def xlu_variant(opcode: str, kind: str) -> str:
+    """The kind, or the variant of it that has figures of its own."""
     if opcode.startswith("vrot"):
         return "rotate"
     if kind == "transpose" and ".b16" in opcode:
@@ -374,11 +376,11 @@ def _xlu_pop(issue: Issue, slot: Slot, kind: str, unit: str, draft: _Draft) -> N
 
 
 def _matmul(issue: Issue, slot: Slot, kind: str, unit: str, draft: _Draft) -> None:
-    machine, dtype = issue.machine, _dtype(slot.opcode)
+    machine, dtype = issue.machine, dtype_class(slot.opcode)
     draft.needs.append((f"{unit}.matmul", "MXU"))
     draft.holds.append((f"{unit}.matmul", machine.cadence(f"matmul_{dtype}"), "MXU"))
     if ".vlgmr" in slot.opcode:  # takes the weights that were pushed
-        draft.needs.append((f"{unit}.{_staging(slot.opcode)}", "MXU"))
+        draft.needs.append((f"{unit}.{staging(slot.opcode)}", "MXU"))
     after, spacing = machine.latency(f"matmul_{dtype}"), machine.cadence(f"mxu_pop_{dtype}")
     buffer = _MRB.search(slot.rest)
     if buffer is None:
@@ -398,25 +400,30 @@ def _mxu_pop(issue: Issue, slot: Slot, kind: str, unit: str, draft: _Draft) -> N
         draft.leaves.append((slot.register, issue.machine.latency("pop"), "MXU"))
 
 
-def _staging(opcode: str) -> str:
+def staging(opcode: str) -> str:
     """Which of the two staging registers weights go to or come from."""
     return "msrb" if ".msrb" in opcode else "msra"
 
 
+def push_name(opcode: str) -> str:
+    """Name of a push's figures: `push_xpose_bf16`."""
+    return ("push_xpose_" if ".xpose" in opcode else "push_") + dtype_class(opcode)
+
+
 def _push(issue: Issue, slot: Slot, kind: str, unit: str, draft: _Draft) -> None:
     machine = issue.machine
-    dtype = ("xpose_" if ".xpose" in slot.opcode else "") + _dtype(slot.opcode)
+    name = push_name(slot.opcode)
     draft.needs.append((f"{unit}.push", "MXU"))
-    draft.holds.append((f"{unit}.{_staging(slot.opcode)}", machine.latency(f"push_{dtype}"), "MXU"))
+    draft.holds.append((f"{unit}.{staging(slot.opcode)}", machine.latency(name), "MXU"))
     if machine.pushes_pairs:
-        draft.shifts.append((f"{unit}.push", machine.cadence(f"push_{dtype}")))
+        draft.shifts.append((f"{unit}.push", machine.cadence(name)))
     else:
-        draft.holds.append((f"{unit}.push", machine.cadence(f"push_{dtype}"), "MXU"))
+        draft.holds.append((f"{unit}.push", machine.cadence(name), "MXU"))
 
 
 def _matprep(issue: Issue, slot: Slot, kind: str, unit: str, draft: _Draft) -> None:
     draft.needs.append((f"{unit}.prep", "MXU"))
-    draft.holds.append((f"{unit}.prep", issue.machine.cadence(f"matmul_{_dtype(slot.opcode)}"), "MXU"))
+    draft.holds.append((f"{unit}.prep", issue.machine.cadence(f"matmul_{dtype_class(slot.opcode)}"), "MXU"))
 
 
 _UNIT_RULES: dict[str, Callable[[Issue, Slot, str, str, _Draft], None]] = {
