@@ -78,6 +78,9 @@ def test_copies_bytes_and_buffers():
     assert [buffer.size_bytes for buffer in one.vmem] == [72 * 128 * 4, 8 * 512 * 4]
     assert [wait.count for wait in one.waits if wait.copies] == [1, 1]
     assert {wait.copy_kinds for wait in one.waits if wait.copies} == {("hbm_to_vmem", "vmem_to_hbm")}
+    (scratch,) = (f"{buffer.shape} {buffer.tag}" for buffer in one.vmem if buffer.tag.startswith("scratch"))
+    assert {wait.buffers for wait in one.waits if wait.copies} == {(scratch,)}
+    assert f": {scratch}, hbm_to_vmem and vmem_to_hbm of 16 KiB" in "\n".join(explain_text.render("one", one, None))
     assert one.bound == "DMA-bound"
     assert one.xla_ops == []
 
