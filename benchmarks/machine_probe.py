@@ -5,10 +5,14 @@
 
 libtpu's static profile lists the critical path of a kernel, a line a bundle with the cycles left to the end. Where a
 line reads the result of the one before, the difference of the two is that result's latency, or more; between two
-instructions of one unit it is the unit's cadence, or more; between a copy and its wait, the copy's time. What each is
-most often over the corpus is compared with the committed number. `--fresh` compiles the corpus anew, for a new libtpu.
-Exit code 1 where a number disagrees. What no critical path shows (result queues of the MXU, waits that are satisfied)
-is not derived; `inferred` and `measured` numbers are not the compiler's and are not looked at.
+instructions of one unit, the unit's cadence, or more; from the last push of weights to the vmatmul that takes them, the
+push's latency, or more. So the least that the corpus shows, often enough, is compared with the committed number. From a
+transpose's last row to its first pop it is the latency or less, since a pop may take a row of an earlier one: there the
+most counts. Between a copy and its wait it is the copy's time. `--fresh` compiles the corpus anew, for a new libtpu.
+Exit code 1 where a number disagrees. What no critical path shows is not derived: the latency and spacing of the MXU's
+results, where lines that follow one another are of other vmatmuls; whole kernels check those (benchmarks/fidelity.py).
+A number whose `path` differs from its `value` is held to the former: its source says why whole kernels fit the latter.
+`inferred` and `measured` numbers are not the compiler's and are not looked at.
 """
 
 import argparse
@@ -28,18 +32,20 @@ sys.path.insert(0, str(PROJECT))
 
 
 from benchmarks.corpus.build import OUT  # noqa: E402
-from judge.llo.issue import opcode_class  # noqa: E402
+from judge.llo.issue import dtype_class, opcode_class, push_name, staging, xlu_variant  # noqa: E402
 from judge.llo.machine import DATA  # noqa: E402
 
 CHIPS = ("v5e", "v6e", "tpu7x")
 BUILD = PROJECT / "benchmarks" / "corpus" / "build.py"
 ENOUGH = 4  # a difference seen less often may be a coincidence of other delays
 _LINE = re.compile(r"^Length to end: (\d+), (?:%(\w+) = )?(\S+)\s?(.*)$")
-_UNIT = re.compile(r"\b(xlu\d)")
+_UNIT = re.compile(r"\b(xlu\d|mxu\d)")
 _SIZE = re.compile(r"/\*size_in_granules=\*/(\d+)")
 _NAME = re.compile(r"%(\w+)")
 _GRANULE_BYTES = 32
 _XLU = ("reduce", "index_reduce", "permute")
+_XLU_CADENCE = 16  # the longest between rows: a pop so soon takes a row of an earlier transpose
+_AT_MOST = ("transpose", "transpose_b16", "transpose_binary", "transpose_xlu2")  # latencies that a path may shorten
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,9 +97,10 @@ def probe(chip: str, paths: Iterable[Path]) -> list[Finding]:
     for table in ("latency", "cadence"):
         for name, number in data[table].items():
             found = seen.get(f"{table}.{name}", Counter())
-            often = [(count, -cycles) for cycles, count in found.items() if count >= ENOUGH]
-            derived = -max(often)[1] if often else None  # other delays scatter, the number itself repeats
-            committed = number["value"]
+            often = [cycles for cycles, count in found.items() if count >= ENOUGH]
+            bound = max if table == "latency" and name in _AT_MOST else min
+            derived = bound(often) if often else None
+            committed = number.get("path", number["value"])  # `path`: where whole kernels fit another value
             findings.append(
                 Finding(
                     chip=chip,
@@ -121,6 +128,9 @@ def collect(lines: Iterable[str], seen: dict[str, Counter[int]], copies: dict[st
                 seen[f"latency.{name}"][cycles] += 1
         for name in _cadence_names(opcode, following):
             seen[f"cadence.{name}"][cycles] += 1
+        for name in _unit_names(opcode, following):
+            if name.removeprefix("latency.") not in _AT_MOST or cycles > _XLU_CADENCE:
+                seen[name][cycles] += 1
 
 
 def _latency_names(opcode: str) -> Iterator[str]:
@@ -146,6 +156,26 @@ def _cadence_names(opcode: str, following: str) -> Iterator[str]:
     kinds = opcode_class(opcode), opcode_class(following)
     if units[0] and units[1] and units[0][1] == units[1][1] and kinds[0] in _XLU and kinds[1] in _XLU:
         yield f"{kinds[0]}_to_{kinds[1]}"
+
+
+def _unit_names(opcode: str, following: str) -> Iterator[str]:
+    """What two neighbours on one unit say, neither of which reads the other's result."""
+    units = _UNIT.search(opcode), _UNIT.search(following)
+    if not units[0] or not units[1] or units[0][1] != units[1][1]:
+        return
+    kinds = opcode_class(opcode), opcode_class(following)
+    if kinds == ("push", "matmul") and ".vlgmr" in following and staging(opcode) == staging(following):
+        yield f"latency.{push_name(opcode)}"
+    elif kinds == ("matmul", "matmul"):
+        yield f"cadence.matmul_{dtype_class(opcode)}"
+    elif kinds == ("push", "push") and "matpush." in opcode:  # one by one, not in pairs
+        yield f"cadence.{push_name(opcode)}"
+    elif kinds[0] == "transpose":
+        variant = xlu_variant(opcode, "transpose")
+        if kinds[1] == "transpose_pop" and opcode.endswith(".end"):
+            yield f"latency.{variant}" + ("_xlu2" if units[0][1] == "xlu2" and variant == "transpose" else "")
+        elif kinds[1] == "transpose":
+            yield f"cadence.{variant}_to_transpose"
 
 
 def _copy_findings(chip: str, kind: str, cost: dict[str, float], by_size: dict[int, int]) -> list[Finding]:

@@ -25,27 +25,19 @@ def program_sha256(folder: Path) -> str:
     Source lines, names of files and time stamps are in the comments and metadata, so that an edit that compiles to
     the same program has the same hash.
     """
+    from judge.llo.parse import split_comments  # the judge's path is not set yet where this file is a program
+
     digest = hashlib.sha256()
     for dump in sorted(folder.glob("*-final_bundles.txt"), key=lambda path: op_of_dump(path)):
         if "schedule-analysis" in dump.name:
             continue
         digest.update(op_of_dump(dump).encode() + b"\0")
-        digest.update(_without_comments(dump.read_text()).encode())
+        code, _, _ = split_comments(dump.read_text())
+        digest.update(" ".join(code.split()).encode())
     hlo = re.sub(r", (metadata|backend_config)=\{.*", "", (folder / "hlo.txt").read_text())
     entry = hlo[hlo.find("\n%") :]
     digest.update(re.sub(r"#.*|\"[^\"]*\"", "", entry).encode())
     return digest.hexdigest()
-
-
-def _without_comments(text: str) -> str:
-    """The code of a dump: comments, which nest, taken out, and the runs of blanks that they leave."""
-    code, depth = [], 0
-    for piece in re.split(r"(/\*|\*/)", text):
-        if piece in ("/*", "*/"):
-            depth += 1 if piece == "/*" else -1
-        elif depth == 0:
-            code.append(piece)
-    return " ".join("".join(code).split())
 
 
 def op_of_dump(path: Path) -> str:

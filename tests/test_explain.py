@@ -1,4 +1,4 @@
-"""judge/explain.py on the golden dumps, with source lines set into them; `prepare.py --explain` as a user runs it."""
+"""The analysis and its text on the golden dumps, with source lines set in; `prepare.py --explain` as users run it."""
 
 import dataclasses
 import json
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from judge import explain, roofline
+from judge import explain, explain_text, explanation, roofline
 from judge.chips import CHIPS, load_chip
 from judge.compile import program_sha256
 from judge.contract import check_source
@@ -23,7 +23,7 @@ CASES = tuple(KERNELS)
 WAIT = "dma.done.wait [#allocation3], 512"
 
 
-def explained(folder: Path, case: str, chip: str = "v5e") -> tuple[ModuleCost, explain.Explanation]:
+def explained(folder: Path, case: str, chip: str = "v5e") -> tuple[ModuleCost, explanation.Explanation]:
     facts = load_chip(chip)
     cost = module_cost(folder, load_machine(chip), KERNELS[case].scalars)
     figures = roofline.figures(
@@ -34,7 +34,7 @@ def explained(folder: Path, case: str, chip: str = "v5e") -> tuple[ModuleCost, e
         peak_flops=1e12,
         chip=facts,
     )
-    return cost, explain.explain(folder, cost, figures, facts, SOURCE)
+    return cost, explanation.explain(folder, cost, figures, facts, SOURCE)
 
 
 def copied(tmp_path: Path, case: str, *replacements: tuple[str, str]) -> Path:
@@ -61,7 +61,7 @@ def test_every_cycle_is_accounted_for(case, chip):
     assert sum(one.cycles_by_cause.values()) == pytest.approx(cost.cycles)
     assert min(one.cycles_by_cause.values()) >= 0
     beside = sum(op.cycles for op in one.xla_ops)
-    assert one.cycles_by_cause[explain.XLA_OPS] == pytest.approx(beside)
+    assert one.cycles_by_cause[explanation.XLA_OPS] == pytest.approx(beside)
     assert sum(line.issue_cycles + line.stall_cycles for line in one.lines) == pytest.approx(cost.cycles - beside)
     assert sum(line.issue_cycles for line in one.lines) == pytest.approx(one.cycles_by_cause["issue"])
     assert sum(wait.cycles for wait in one.waits) == one.cycles_by_cause["DMA wait"]
@@ -78,13 +78,16 @@ def test_copies_bytes_and_buffers():
     assert [buffer.size_bytes for buffer in one.vmem] == [72 * 128 * 4, 8 * 512 * 4]
     assert [wait.count for wait in one.waits if wait.copies] == [1, 1]
     assert {wait.copy_kinds for wait in one.waits if wait.copies} == {("hbm_to_vmem", "vmem_to_hbm")}
+    (scratch,) = (f"{buffer.shape} {buffer.tag}" for buffer in one.vmem if buffer.tag.startswith("scratch"))
+    assert {wait.buffers for wait in one.waits if wait.copies} == {(scratch,)}
+    assert f": {scratch}, hbm_to_vmem and vmem_to_hbm of 16 KiB" in "\n".join(explain_text.render("one", one, None))
     assert one.bound == "DMA-bound"
     assert one.xla_ops == []
 
 
 def test_a_wait_is_charged_to_its_line(tmp_path):
     plain = explained(GOLDEN / "semaphores" / "v5e", "semaphores")[1]
-    assert [line.text for line in plain.lines] == [explain.NO_SOURCE]
+    assert [line.text for line in plain.lines] == [explanation.NO_SOURCE]
     folder = copied(tmp_path, "semaphores", (WAIT, WAIT + location("/tmp/x/trace/kernel.py", 3)))
     one = explained(folder, "semaphores")[1]
     assert one.cycles_by_cause == plain.cycles_by_cause
@@ -100,7 +103,7 @@ def test_other_files_are_no_kernel_lines(tmp_path):
     folder = copied(tmp_path, "semaphores", (WAIT, WAIT + location("/site-packages/jax/primitives.py", 3)))
     one = explained(folder, "semaphores")[1]
     assert all(line.line is None for line in one.lines)
-    assert {line.text for line in one.lines} == {"in primitives.py", explain.NO_SOURCE}
+    assert {line.text for line in one.lines} == {"in primitives.py", explanation.NO_SOURCE}
 
 
 def test_lines_of_one_bundle_share_its_cycles(tmp_path):
@@ -160,17 +163,17 @@ def test_spills_count_as_often_as_they_run(tmp_path):
 
 def test_what_changed():
     one = explained(GOLDEN / "semaphores" / "v5e", "semaphores")[1]
-    assert explain.changes(one, one) == {}
+    assert explanation.changes(one, one) == {}
     now = dataclasses.replace(one, dma_count=7, cycles_by_cause=one.cycles_by_cause | {"XLU": 5.0})
-    assert explain.changes(now, one) == {"XLU cycles": (0.0, 5.0), "dma_count": (2, 7)}
-    assert "XLU cycles 0 → 5, dma_count 2 → 7" in "\n".join(explain.render("default", now, one))
+    assert explanation.changes(now, one) == {"XLU cycles": (0.0, 5.0), "dma_count": (2, 7)}
+    assert "XLU cycles 0 → 5, dma_count 2 → 7" in "\n".join(explain_text.render("default", now, one))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_workload_fits_its_part_of_the_screen(case):
     one = explained(GOLDEN / case / "v5e", case)[1]
-    lines = explain.render("default", one, one)
-    assert len(lines) <= 20
+    lines = explain_text.render("default", one, one)
+    assert len(lines) <= 16
     assert max(map(len, lines)) <= 120
 
 

@@ -10,7 +10,7 @@ import pytest
 from judge.chips import CHIPS
 from judge.llo import execute as execute_module
 from judge.llo.execute import Execution, execute
-from judge.llo.issue import CAUSES, Issue, Run, Stretch, UnknownOpcode, opcode_class
+from judge.llo.issue import CAUSES, EmptyQueue, Issue, Run, Stretch, UnknownOpcode, opcode_class
 from judge.llo.machine import Machine, load_machine
 from judge.llo.parse import Dump, ParseError, parse_allocations, parse_dump
 
@@ -259,6 +259,15 @@ def test_changing_from_reductions_to_permutations_costs_more_than_going_on(timed
     ]
 
 
+def test_a_short_cadence_does_not_end_a_longer_one(timed: Times) -> None:
+    """A reduction right behind a permutation: the index reduction still waits for what the permutation asked."""
+    machine = replaced(
+        V6E, {"permute_to_index_reduce": 40, "permute_to_reduce": 4, "reduce_to_index_reduce": 5, "reduce_to_reduce": 5}
+    )
+    permute, reduce, index = (f"%5 = {XLU[kind].format('xlu0')}" for kind in ("permute", "reduce", "index_reduce"))
+    assert timed([permute, reduce, index], machine).times == [0, 4, 40]
+
+
 def test_a_rotation_has_the_cadence_of_a_permutation(timed: Times) -> None:
     machine = replaced(V6E, {"permute_to_permute": 5, "permute_to_reduce": 7})
     rotate = "%5 = vrot.lane.b32.xlu0 %v1_v1, %s1_s1"
@@ -328,6 +337,22 @@ def test_results_of_a_vmatmul_are_popped_in_order(timed: Times, chip: str) -> No
     done = timed([matmul(), *[pop(i) for i in range(2, 6)]], machine)
     first, spacing = machine.latency("matmul_bf16"), machine.cadence("mxu_pop_bf16")
     assert done.times == [0, *[first + i * spacing for i in range(4)]]
+
+
+@pytest.mark.parametrize(
+    ("bundles", "queue"),
+    [
+        ([pop(2), matmul()], "mxu0"),
+        ([matmul(1), pop(2, 0), pop(3, 1)], "mxu0"),
+        (["%v2_v2 = vpop.trf.xlu1"], r"xlu1\.trf"),
+        (["%v2_v2 = vpop.eup %77"], "%77"),
+        (["%v2_v2 = vpop.xlane.xlu0 %77"], "%77"),
+    ],
+)
+def test_a_pop_of_what_nothing_pushed_has_no_time(timed: Times, bundles: list[str], queue: str) -> None:
+    with pytest.raises(EmptyQueue, match=f"the bundle at 0x[01] pops {queue}, which nothing was pushed to"):
+        timed(bundles)
+    assert issubclass(EmptyQueue, ParseError)  # which the judge reports as a program that cannot be timed
 
 
 def test_results_of_two_vmatmuls_follow_one_another(timed: Times) -> None:
@@ -491,27 +516,28 @@ def test_empty_bundles_in_a_delay_are_lost_to_the_branch(run: Runs) -> None:
     assert done.stalls == {(address, "branch"): 1 for address in (2, 3, 4)}
 
 
+COPY = [
+    "{ %s1_s0 = inlined_call_operand.hbm [shape: s32[64], index: 0, kind: input, shape index: {}] }",
+    "%90 = dma.hbm_to_vmem /*hbm=*/%s1_s0, /*size_in_granules=*/16, /*vmem=*/[#allocation0], "
+    "/*dst_syncflagno=*/[#allocation1]",
+]
+WAIT = "%91 = dma.done.wait [#allocation1], 16"
+
+
 def test_a_result_that_arrives_during_a_wait_costs_nothing_more(run: Runs) -> None:
-    machine = dataclasses.replace(V6E, wait_cycles=5)
-    wait = "%9 = vwait.ge [#allocation1], 0"
-
-    def program(*between: str) -> list[str]:
-        return ["%5 = vpow2.f32 %v1_v1", *between, "%v2_v2 = vpop.eup %5"]
-
-    latency = machine.latency("eup")
-    assert run(program(), machine).stalls == {(1, "EUP"): latency - 1}
-    one = run(program(wait), machine)  # issues at 1 and ends at 6
-    assert (one.stalls, one.cycles) == ({(2, "EUP"): latency - 6}, latency + 1)
-    three = run(program(wait, wait, wait), machine)
-    assert latency <= 1 + 3 * 5
-    assert (three.stalls, three.cycles) == ({}, 1 + 3 * 5 + 1)
+    push, taken = "%5 = vpow2.f32 %v1_v1", "%v2_v2 = vpop.eup %5"
+    latency = V6E.latency("eup")
+    assert run([push, taken]).stalls == {(1, "EUP"): latency - 1}
+    assert run([push, "%9 = vwait.ge [#allocation1], 0", taken]).stalls == {(2, "EUP"): latency - 2}  # no time passes
+    done = run([*COPY, push, WAIT, taken])
+    assert done.dma_wait_cycles > latency
+    assert (done.stalls, done.cycles) == ({}, 5 + done.dma_wait_cycles)
 
 
 def test_a_unit_and_a_queue_are_free_again_after_a_wait(run: Runs) -> None:
-    machine = dataclasses.replace(V6E, wait_cycles=500)
-    wait = "%9 = vwait.ge [#allocation1], 0"
-    done = run([matmul(), wait, matmul(), wait, pop(2), pop(3)], machine)
-    assert (done.stalls, done.cycles) == ({}, 1 + 500 + 1 + 500 + 2)
+    done = run([*COPY, matmul(), WAIT, matmul(), *COPY[1:], "%92 = vsyncadd [#allocation1], -16", WAIT, pop(2), pop(3)])
+    assert done.dma_wait_cycles > 2 * V6E.latency("matmul_bf16")
+    assert (done.stalls, done.cycles) == ({}, 10 + done.dma_wait_cycles)
 
 
 def test_what_is_on_its_way_is_carried_into_the_next_stretch(tmp_path: Path) -> None:

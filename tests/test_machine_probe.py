@@ -33,6 +33,36 @@ def test_neighbours_on_one_unit_tell_its_cadence_and_other_units_nothing():
     assert seen["cadence.reduce_to_reduce"] == {8: 1}
 
 
+def test_weights_and_transposed_rows_tell_latencies_of_their_units():
+    seen, _ = collected(
+        """Length to end: 90, %1 = vmatpush3.bf16.xpose.msra.mxu0 %7_v7
+Length to end: 83, %2 = vmatmul.mubr.bf16.vlgmr.msra.gmra.mxu0 %8_v8
+Length to end: 80, %3 = vxpose.xlu1.b32.cont [2/3] /*vx=*/%8_v8
+Length to end: 76, %4 = vxpose.xlu1.b32.end [3/3] /*vx=*/%9_v9
+Length to end: 12, %5_v5 = vpop.trf.xlu1
+Length to end: 11, %6 = vmatpush.msra.mxu0 %7_v7
+Length to end: 10, %7 = vmatmul.f32.vlgmr.msrb.gmra.mxu0 %7_v7""".splitlines()
+    )
+    assert seen["latency.push_xpose_bf16"] == {7: 1}
+    assert seen["cadence.transpose_to_transpose"] == {4: 1}
+    assert seen["latency.transpose"] == {64: 1}
+    assert "latency.push_f32" not in seen  # other weights
+
+
+def test_the_least_counts_and_for_transposes_the_most(tmp_path):
+    adds = [f"Length to end: {left}, %1_v1 = vadd.f32 %8_v8, %9_v9" for left in (9, 9)]
+    slow, fast = ([adds[0], f"Length to end: {9 - d}, %2_v2 = vmul.f32 %1_v1, %9_v9"] for d in (5, 2))
+    ends = [
+        [f"Length to end: {d + 9}, %4 = vxpose.xlu1.b32.end %9_v9", "Length to end: 9, %5_v5 = vpop.trf.xlu1"]
+        for d in (4, 20, 44)
+    ]
+    (tmp_path / "k_critical_path.txt").write_text(
+        "\n".join(slow * 9 + fast * 4 + [line for pair in ends for line in pair] * 4)
+    )
+    findings = {one.name: one for one in probe("v5e", tmp_path.iterdir())}
+    assert (findings["latency.valu"].derived, findings["latency.transpose"].derived) == (2, 44)
+
+
 def test_a_copy_and_its_wait_tell_the_copys_time_by_size():
     _, copies = collected(PATH)
     assert copies == {"hbm_to_vmem": {64 * 32: 120}}

@@ -14,6 +14,7 @@ import pytest
 from judge.chips import CHIPS, load_chip
 from judge.compile import op_of_dump
 from judge.llo.execute import ExecutionError
+from judge.llo.ici import collective_seconds
 from judge.llo.machine import load_machine
 from judge.llo.module import _words, module_cost, parse_entry
 from judge.llo.parse import ParseError
@@ -276,6 +277,43 @@ def test_goldens_are_what_the_compiler_emits(tmp_path):
     assert compiled(tmp_path / "now") == json.loads((GOLDEN / "expected.json").read_text())
     for path in sorted(GOLDEN.glob("*/*/*.txt")):
         assert (tmp_path / "now" / path.relative_to(GOLDEN)).read_text() == path.read_text()
+
+
+SPMD = """
+import os, sys
+from judge import jax_shims
+jax_shims.set_environment()
+out = sys.argv[1]
+os.environ["LIBTPU_INIT_ARGS"] = (
+    f"--xla_jf_dump_to={out} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final"
+)
+import jax, numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+mesh = Mesh(np.array(topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices), ("x",))
+def body(x):
+    return jax.lax.psum(x + 1.0, "x"), jax.lax.all_gather(x * 2.0, "x", tiled=True)
+function = jax.jit(jax.shard_map(body, mesh=mesh, in_specs=P("x"), out_specs=(P(), P()), check_vma=False))
+shape = jax.ShapeDtypeStruct((4096, 512), np.float32, sharding=NamedSharding(mesh, P("x")))
+open(out + "/hlo.txt", "w").write(function.lower(shape).compile().as_text())
+"""
+
+
+@pytest.mark.slow
+def test_a_module_of_four_chips_has_its_collectives_in_closed_form(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", SPMD, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    cost = module_cost(tmp_path, V5E, {})
+    collectives = {op.op.opcode.removesuffix("-start"): op for op in cost.ops if op.execution is None}
+    shard_bytes = 4096 * 512 * 4 // 4
+    for kind, size_bytes in (("all-reduce", shard_bytes), ("all-gather", 4 * shard_bytes)):
+        assert collectives[kind].cycles == collective_seconds(kind, size_bytes, 4, V5E.ici) * V5E.clock_hz
+    around = [op for op in cost.ops if op.execution is not None]
+    assert {op.op.opcode for op in around} >= {"fusion"} and all(op.cycles > 0 for op in around)
+    # the ring moves three quarters of the gathered bytes over two links: 70 µs, and two hops
+    assert collectives["all-gather"].cycles / V5E.clock_hz == pytest.approx(6291456 / 90e9 + 2e-6)
 
 
 @pytest.mark.slow

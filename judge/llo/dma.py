@@ -23,6 +23,7 @@ class DmaRecord:
     done_cycle: float  # its flag is raised
     size_bytes: int
     flag: int
+    vmem_row: int | None = None  # where in VMEM it begins, in rows of 512 bytes; None where it touches none
 
 
 class CopyError(Exception):

@@ -73,6 +73,7 @@ class Execution:
     block_bundles: dict[int, tuple[int, ...]] = field(default_factory=dict)
     dmas: list[DmaRecord] = field(default_factory=list)  # the first `_RECORDED`
     blocks: list[tuple[int, float, float]] = field(default_factory=list)  # (address, start, end), long ones
+    vmem_rows: dict[str, range] = field(default_factory=dict)  # buffer or operand in VMEM → its rows
 
     def slot_uses(self, rows: np.ndarray) -> np.ndarray:
         """Slots of each unit executed: Σ over bundles of runs × slots used. `rows`: (bundles, units), slots used."""
@@ -134,13 +135,13 @@ class _Core:
         self.engine.flags[flag.__index__()] += _signed(count.__index__())
 
     def wait(self, flag: int, count: int, issued: int, address: int) -> int:
-        """The first cycle after a wait that issues at `issued`."""
+        """The first cycle after a wait that issues at `issued`: the next, or wait_cycles after the flag was raised."""
         flag, count = flag.__index__(), _signed(count.__index__())
+        seen = self.machine.wait_cycles
         try:
-            end = math.ceil(self.engine.wait(flag, count, issued))
+            end = math.ceil(self.engine.wait(flag, count, issued + 1 - seen)) + seen
         except CopyError as error:
             raise ExecutionError(str(error)) from None
-        end += self.machine.wait_cycles
         waited = end - issued - 1  # the bundle itself is the other cycle
         self.result.dma_wait_cycles += waited
         wait = self.result.waits.get(address)
@@ -177,8 +178,13 @@ class _Core:
                     done_cycle=done,
                     size_bytes=size_bytes,
                     flag=flag,
+                    vmem_row=self._vmem_row(kind, source, target),
                 )
             )
+
+    def _vmem_row(self, kind: str, source: Any, target: Any) -> int | None:
+        address = target if kind.endswith("vmem") else source if kind.startswith("vmem") else None
+        return address * self.machine.granule_bytes // _VMEM_ROW_BYTES if isinstance(address, int) else None
 
     def _fill_smem(self, source: int, target: int, granules: int) -> None:
         words = granules * self.machine.granule_bytes // 4
@@ -222,6 +228,7 @@ def execute(
     core = _Core(machine, dump, result)
     symbols = _place_allocations(dump, allocations)
     _place_operands(core, words)
+    result.vmem_rows = _vmem_rows(core, allocations, symbols)
     issue = Issue(dump, machine)
     blocks = Translator(dump, machine, symbols, issue).blocks()
     result.block_bundles = {address: block.bundle_indices for address, block in blocks.items()}
@@ -315,6 +322,25 @@ def _place_allocations(dump: Dump, allocations: dict[str, Allocation]) -> dict[s
     return symbols
 
 
+def _vmem_rows(core: _Core, allocations: dict[str, Allocation], symbols: dict[str, int]) -> dict[str, range]:
+    """Name of a buffer, or `operand 3` → the rows of VMEM that it was given."""
+    rows = {
+        name: range(symbols[name], symbols[name] + -(-allocation.size_bytes // _VMEM_ROW_BYTES))
+        for name, allocation in allocations.items()
+        if allocation.space == "vmem" and not allocation.fixed
+    }
+    for index in core.operands:
+        first = _operand_granule(index) * core.machine.granule_bytes // _VMEM_ROW_BYTES
+        rows[f"operand {index}"] = range(
+            first, _operand_granule(index + 1) * core.machine.granule_bytes // _VMEM_ROW_BYTES
+        )
+    return rows
+
+
+def _operand_granule(index: int) -> int:
+    return (index + 1) << 23  # 256 MiB apart, shared by no two operands
+
+
 _OPERAND = re.compile(r"index: (\d+)")
 
 
@@ -334,7 +360,7 @@ def _place_operands(core: _Core, words: dict[int, np.ndarray]) -> None:
             if space in ("", "smem"):
                 core.operands[index] = int(known[0]) & 0xFFFFFFFF if known is not None and space == "" else UNKNOWN
                 continue
-            first = (index + 1) << 23  # granules; 256 MiB apart, shared by no two operands
+            first = _operand_granule(index)
             unit = core.machine.hbm_pointer_bytes if space == "hbm" else _VMEM_ROW_BYTES
             core.operands[index] = first * granule // unit
             if known is not None:

@@ -22,6 +22,10 @@ class UnknownOpcode(ParseError):
     """A vector instruction that the machine has no figures for: no total can be given."""
 
 
+class EmptyQueue(ParseError):
+    """A result is popped that nothing pushed: when it would be there is not known."""
+
+
 # What a bundle may wait for; stall cycles are reported by these names.
 CAUSES = ("MXU", "XLU", "EUP", "load", "VALU", "scalar", "DMA wait", "branch")
 
@@ -123,7 +127,8 @@ class _Record:
 
     needs: tuple[tuple[str, str], ...]  # (key, cause where its producer is not known)
     pops: tuple[str, ...]  # result queues
-    leaves: tuple[tuple[str, int, str], ...]  # (key, ready after, cause)
+    leaves: tuple[tuple[str, int, str], ...]  # (register or result, ready after, cause): the last write counts
+    holds: tuple[tuple[str, int, str], ...]  # (unit, free after, cause): the latest counts
     shifts: tuple[tuple[str, int], ...]  # pairs: the second last counts
     pushes: tuple[tuple[str, int, int, int], ...]  # (queue, first ready after, results, spacing)
 
@@ -160,7 +165,9 @@ class Issue:
     def __init__(self, dump: Dump, machine: Machine) -> None:
         self.dump = dump
         self.machine = machine
+        self._free = {b.address for b in dump.bundles if passed_over(b)} if machine.rule == "compiler" else set()
         self.results_of = _results_of(dump)
+        self.results = {slot.result for bundle in dump.bundles for slot in bundle.slots}
         self.stretches: list[Stretch] = []
         self.states: dict[tuple[object, ...], State] = {}
         self.start = self._intern({}, {}, {})
@@ -196,15 +203,20 @@ class Issue:
                     at, held = when, causes.get(key, cause)
             for name in record.pops:
                 waiting = queues.get(name)
-                if waiting:
-                    when = waiting.pop(0)
-                    if when > at:
-                        at, held = when, "XLU" if name.endswith("trf") else "MXU"
+                if not waiting:
+                    raise self._nothing_to_pop(address, name)
+                when = waiting.pop(0)
+                if when > at:
+                    at, held = when, "XLU" if name.endswith("trf") else "MXU"
             if at > now:
                 stalls.append((address, held, at - now))
             for key, after, cause in record.leaves:
                 ready[key] = at + after
                 causes[key] = cause
+            for key, after, cause in record.holds:
+                if at + after > get(key, 0):
+                    ready[key] = at + after
+                    causes[key] = cause
             for key, after in record.shifts:
                 ready[key] = get(key + "'", 0)
                 ready[key + "'"] = at + after
@@ -221,6 +233,8 @@ class Issue:
                     )
             if address in interest:
                 offsets.append(at)
+            if address in self._free:
+                continue
             gap = stretch.gaps.get(address, 0)
             if gap or address in stretch.delays:
                 stalls.append((address, "branch", gap + (address in stretch.delays)))
@@ -231,6 +245,11 @@ class Issue:
         state[number] = run
         self.runs.append((number, run))
         return run
+
+    def _nothing_to_pop(self, address: int, queue: str) -> EmptyQueue:
+        return EmptyQueue(
+            f"{self.dump.path.name}: the bundle at {address:#x} pops {queue}, which nothing was pushed to"
+        )
 
     def stalls(self) -> Counter[tuple[int, str]]:
         """(bundle, cause) → cycles that it came later than the bundle before it allows, over all runs so far.
@@ -282,7 +301,10 @@ class Issue:
             cause = _CAUSE_OF_CLASS.get(kind, "VALU")
             operands = _GUARD.sub("", slot.rest)  # no cycle is counted between a predicate and what it guards
             draft.needs += [(register, "VALU") for register in _REGISTER.findall(operands)]
-            draft.needs += [(name, cause) for name in _NAMED.findall(slot.rest)]
+            named = _NAMED.findall(slot.rest)
+            draft.needs += [(name, cause) for name in named]
+            if kind in ("pop", "xlu_pop") and not self.results.issuperset(named):
+                raise self._nothing_to_pop(bundle.address, slot.rest)
             if kind in _UNIT_RULES:
                 _UNIT_RULES[kind](self, slot, kind, _unit(slot), draft)
             elif kind != "none" or slot.register is not None:
@@ -292,6 +314,7 @@ class Issue:
             needs=tuple(draft.needs),
             pops=tuple(draft.pops),
             leaves=tuple(draft.leaves),
+            holds=tuple(draft.holds),
             shifts=tuple(draft.shifts),
             pushes=tuple(draft.pushes),
         )
@@ -304,6 +327,7 @@ class _Draft:
     needs: list[tuple[str, str]] = field(default_factory=list)
     pops: list[str] = field(default_factory=list)
     leaves: list[tuple[str, int, str]] = field(default_factory=list)
+    holds: list[tuple[str, int, str]] = field(default_factory=list)
     shifts: list[tuple[str, int]] = field(default_factory=list)
     pushes: list[tuple[str, int, int, int]] = field(default_factory=list)
 
@@ -314,27 +338,29 @@ def _unit(slot: Slot) -> str:
     return match[1] if match else ""
 
 
-def _dtype(opcode: str) -> str:
+def dtype_class(opcode: str) -> str:
+    """bf16, f32, int8, int4 or fp8, of an MXU instruction."""
     match = _DTYPE.search(opcode)
     name = match[1] if match else "f32"
     return _DTYPE_CLASS.get(name, "fp8")
 
 
 def _xlu_push(issue: Issue, slot: Slot, kind: str, unit: str, draft: _Draft) -> None:
-    machine, variant = issue.machine, _xlu_variant(slot.opcode, kind)
+    machine, variant = issue.machine, xlu_variant(slot.opcode, kind)
     draft.needs.append((f"{unit}.{kind}", "XLU"))
     cadence = kind if variant == "rotate" else variant
     for following in _XLU_KINDS:
-        draft.leaves.append((f"{unit}.{following}", machine.cadence(f"{cadence}_to_{following}"), "XLU"))
+        draft.holds.append((f"{unit}.{following}", machine.cadence(f"{cadence}_to_{following}"), "XLU"))
     if kind != "transpose":
         draft.leaves.append((slot.result, machine.latency(variant, unit), "XLU"))
     elif slot.opcode.endswith(".end"):  # the results come after the last row
         queue = f"{unit}.trf"
-        after, spacing = machine.latency(variant), machine.cadence("transpose_pop")
+        after, spacing = machine.latency(variant, unit), machine.cadence("transpose_pop")
         draft.pushes.append((queue, after, issue.results_of[queue], spacing))
 
 
-def _xlu_variant(opcode: str, kind: str) -> str:
+def xlu_variant(opcode: str, kind: str) -> str:
+    """The kind, or the variant of it that has figures of its own."""
     if opcode.startswith("vrot"):
         return "rotate"
     if kind == "transpose" and ".b16" in opcode:
@@ -350,11 +376,11 @@ def _xlu_pop(issue: Issue, slot: Slot, kind: str, unit: str, draft: _Draft) -> N
 
 
 def _matmul(issue: Issue, slot: Slot, kind: str, unit: str, draft: _Draft) -> None:
-    machine, dtype = issue.machine, _dtype(slot.opcode)
+    machine, dtype = issue.machine, dtype_class(slot.opcode)
     draft.needs.append((f"{unit}.matmul", "MXU"))
-    draft.leaves.append((f"{unit}.matmul", machine.cadence(f"matmul_{dtype}"), "MXU"))
+    draft.holds.append((f"{unit}.matmul", machine.cadence(f"matmul_{dtype}"), "MXU"))
     if ".vlgmr" in slot.opcode:  # takes the weights that were pushed
-        draft.needs.append((f"{unit}.{_staging(slot.opcode)}", "MXU"))
+        draft.needs.append((f"{unit}.{staging(slot.opcode)}", "MXU"))
     after, spacing = machine.latency(f"matmul_{dtype}"), machine.cadence(f"mxu_pop_{dtype}")
     buffer = _MRB.search(slot.rest)
     if buffer is None:
@@ -374,25 +400,30 @@ def _mxu_pop(issue: Issue, slot: Slot, kind: str, unit: str, draft: _Draft) -> N
         draft.leaves.append((slot.register, issue.machine.latency("pop"), "MXU"))
 
 
-def _staging(opcode: str) -> str:
+def staging(opcode: str) -> str:
     """Which of the two staging registers weights go to or come from."""
     return "msrb" if ".msrb" in opcode else "msra"
 
 
+def push_name(opcode: str) -> str:
+    """Name of a push's figures: `push_xpose_bf16`."""
+    return ("push_xpose_" if ".xpose" in opcode else "push_") + dtype_class(opcode)
+
+
 def _push(issue: Issue, slot: Slot, kind: str, unit: str, draft: _Draft) -> None:
     machine = issue.machine
-    dtype = ("xpose_" if ".xpose" in slot.opcode else "") + _dtype(slot.opcode)
+    name = push_name(slot.opcode)
     draft.needs.append((f"{unit}.push", "MXU"))
-    draft.leaves.append((f"{unit}.{_staging(slot.opcode)}", machine.latency(f"push_{dtype}"), "MXU"))
+    draft.holds.append((f"{unit}.{staging(slot.opcode)}", machine.latency(name), "MXU"))
     if machine.pushes_pairs:
-        draft.shifts.append((f"{unit}.push", machine.cadence(f"push_{dtype}")))
+        draft.shifts.append((f"{unit}.push", machine.cadence(name)))
     else:
-        draft.leaves.append((f"{unit}.push", machine.cadence(f"push_{dtype}"), "MXU"))
+        draft.holds.append((f"{unit}.push", machine.cadence(name), "MXU"))
 
 
 def _matprep(issue: Issue, slot: Slot, kind: str, unit: str, draft: _Draft) -> None:
     draft.needs.append((f"{unit}.prep", "MXU"))
-    draft.leaves.append((f"{unit}.prep", issue.machine.cadence(f"matmul_{_dtype(slot.opcode)}"), "MXU"))
+    draft.holds.append((f"{unit}.prep", issue.machine.cadence(f"matmul_{dtype_class(slot.opcode)}"), "MXU"))
 
 
 _UNIT_RULES: dict[str, Callable[[Issue, Slot, str, str, _Draft], None]] = {
@@ -403,6 +434,11 @@ _UNIT_RULES: dict[str, Callable[[Issue, Slot, str, str, _Draft], None]] = {
     "mxu_pop": _mxu_pop,
     **dict.fromkeys(("push", "pushprep"), _push),
 }
+
+
+def passed_over(bundle: Bundle) -> bool:
+    """Whether libtpu passes over it in its estimate: empty, or a conditional branch alone. The hardware does not."""
+    return all(slot.opcode == "sbr.rel" and slot.rest.startswith("(") for slot in bundle.slots)
 
 
 def _results_of(dump: Dump) -> dict[str, int]:

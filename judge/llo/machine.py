@@ -30,7 +30,7 @@ class Machine:
     hbm_pointer_bytes: int  # unit of an HBM operand's register
     branch_delay_bundles: int  # bundles after sbr.rel that still issue
     merges_empty_bundles: bool  # a printed {} may stand for several cycles behind a branch
-    wait_cycles: int  # from a dma.done.wait, or its flag, to the next bundle
+    wait_cycles: int  # from the flag to the bundle behind the wait for it; one cycle where it was raised long before
     pushes_pairs: bool  # weights are pushed two at a time
     latencies: dict[str, int]  # instruction class → cycles until its result may be used
     cadences: dict[str, int]  # unit and class → cycles until the unit takes the next
@@ -64,7 +64,7 @@ def load_machine(chip: str, rule: str = "calibrated") -> Machine:
         hbm_pointer_bytes=data["hbm_pointer_bytes"]["value"],
         branch_delay_bundles=data["branch_delay_bundles"]["value"],
         merges_empty_bundles=data["merges_empty_bundles"]["value"],
-        wait_cycles=data["wait_cycles"][rule]["value"],
+        wait_cycles=data["wait_cycles"]["value"],
         pushes_pairs=data["pushes_pairs"]["value"],
         latencies={
             name: number.get("calibrated", number["value"]) if rule == "calibrated" else number["value"]

@@ -45,6 +45,7 @@ class Allocation:
 
     name: str
     space: str
+    shape: str  # without its layout: bf16[2,256,128]
     size_bytes: int
     tag: str
     fixed: bool  # at a fixed address, outside the program's own scoped memory
@@ -69,7 +70,9 @@ _SLOT = re.compile(r"^%(\w+?)(?:_(s\d+|p\d+|vm\d+|v\d+))? = ([a-zA-Z][\w.\-]*)(.
 _REGION = re.compile(r"Start(/End empty)? region (\d+)")
 _REGION_START = re.compile(r"Start region (\d+)")
 _REGION_END = re.compile(r"End region (\d+)")
-_ALLOCATION = re.compile(r"^\s*#(allocation\w+) \[shape = '[^']*', space=(\w+), size = (0x[0-9a-f]+|0),?(.*)\]\s*$")
+_ALLOCATION = re.compile(
+    r"^\s*#(allocation\w+) \[shape = '([^'{]*)[^']*', space=(\w+), size = (0x[0-9a-f]+|0),?(.*)\]\s*$"
+)
 _TAG = re.compile(r"tag = '([^']*)'")
 _OFFSET = re.compile(r"offset = (0x[0-9a-f]+|0)\b")
 _HEADER = re.compile(r"^(= control target key (start|end)|[A-Z]{2}: [a-z ]+|)$")
@@ -135,19 +138,29 @@ def _statements(path: Path) -> list[tuple[int, str, str]]:
             if _HEADER.match(text.strip()):
                 continue
             statements.append((number, [], []))
-        for piece in re.split(r"(/\*|\*/)", text):
-            if piece == "/*":
-                depth += 1
-            elif piece == "*/":
-                depth -= 1
-                if depth < 0:
-                    raise ParseError(f"{path.name}:{number}: a comment ends that never began")
-            else:
-                _, code, comments = statements[-1]
-                (comments if depth else code).append(piece)
+        try:
+            code, comment, depth = split_comments(text, depth)
+        except ParseError as error:
+            raise ParseError(f"{path.name}:{number}: {error}") from None
+        statements[-1][1].append(code)
+        statements[-1][2].append(comment)
     if depth:
         raise ParseError(f"{path.name}: a comment never ends")
     return [(number, "".join(code), " ".join(comment)) for number, code, comment in statements]
+
+
+def split_comments(text: str, depth: int = 0) -> tuple[str, str, int]:
+    """(code, comments, depth behind it) of text that begins `depth` comments deep: they nest. Raises ParseError."""
+    code: list[str] = []
+    comments: list[str] = []
+    for piece in re.split(r"(/\*|\*/)", text):
+        if piece in ("/*", "*/"):
+            depth += 1 if piece == "/*" else -1
+            if depth < 0:
+                raise ParseError("a comment ends that never began")
+        else:
+            (comments if depth else code).append(piece)
+    return "".join(code), " ".join(comments), depth
 
 
 def parse_allocations(path: Path) -> dict[str, Allocation]:
@@ -159,11 +172,12 @@ def parse_allocations(path: Path) -> dict[str, Allocation]:
         match = _ALLOCATION.match(line)
         if match is None:
             raise ParseError(f"{path.name}:{number}: not an allocation: {line.strip()[:120]!r}")
-        name, space, size, rest = match.groups()
+        name, shape, space, size, rest = match.groups()
         tag, offset = _TAG.search(rest), _OFFSET.search(rest)
         allocations[name] = Allocation(
             name=name,
             space=space,
+            shape=shape,
             size_bytes=int(size, 16),
             tag=tag[1] if tag else "",
             fixed="fixed_abs" in rest,

@@ -187,18 +187,18 @@ class Translator:
     # --- bundles ---
 
     def _bundle(self, bundle: Bundle) -> tuple[bool, list[str]]:
-        """(whether it waits, Python lines): values are computed first, then effects run, then registers change.
+        """(whether it waits, Python lines): waits end, values are computed, effects run, then registers change.
 
-        "@" in a line is the time of issue; a wait sets `u`, the first cycle after it.
+        "@" in a line is the time of issue; a wait sets `u`, the first cycle after it, which what else the bundle does
+        comes just before.
         """
         before: list[str] = []  # operands are in their registers when the program starts
         values: list[tuple[str, str]] = []
         effects: list[str] = []
-        waits = False
+        waits: list[str] = []
         for slot in bundle.slots:
             if slot.opcode.startswith(("dma.done.wait", "vwait")):
-                effects.append(self._wait(bundle, slot))
-                waits = True
+                waits.append(self._wait(bundle, slot))
             else:
                 for kind, target, text in self._slot(bundle, slot):
                     if kind == "before":
@@ -207,11 +207,14 @@ class Translator:
                         values.append((target, text))
                     else:
                         effects.append(text)
-        if values and not effects:
-            return waits, [*before, f"{', '.join(v[0] for v in values)} = {', '.join(v[1] for v in values)}"]
+        if values and not effects and not waits:
+            return False, [*before, f"{', '.join(v[0] for v in values)} = {', '.join(v[1] for v in values)}"]
         computed = [f"x{i} = {text}" for i, (_, text) in enumerate(values)]
         assigned = [f"{target} = x{i}" for i, (target, _) in enumerate(values)]
-        return waits, before + computed + effects + assigned
+        after = computed + effects + assigned
+        if waits:
+            after = [*waits, *(line.replace("@", "u - 1") for line in after)]
+        return bool(waits), before + after
 
     def _wait(self, bundle: Bundle, slot: Slot) -> str:
         predicate, arguments = self._arguments(bundle, slot)
