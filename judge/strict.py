@@ -99,7 +99,7 @@ def check(request: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     sys.path.append(str(Path(__file__).resolve().parent.parent))
-    from judge import containment, jax_shims
+    from judge import containment, jax_shims, views
     from judge.worker import write_result
 
     jax_shims.set_environment()
@@ -108,6 +108,7 @@ def main() -> None:
     jax_shims.check_version()
     jax_shims.patch_interpreter()
     jax_shims.patch_detector()
+    views.patch()
     try:
         result = check(request)
     except Race as race:
