@@ -259,7 +259,11 @@ class Judging:
             checking[0].kill()
 
     def _start_strict(self, traced: dict[str, Any]) -> tuple[Process, Path]:
-        programs = {name: {"program": workload["program"]} for name, workload in traced.items()}
+        described = self.folder / "describe"
+        programs = {
+            name: {"program": workload["program"], "integers": str(described / f"{name}.npz")}
+            for name, workload in traced.items()
+        }
         request: dict[str, Any] = {
             "topology": self.task.chip.topology,
             "workloads": programs,
