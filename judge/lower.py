@@ -113,11 +113,12 @@ def lower(request: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     sys.path.append(str(Path(__file__).resolve().parent.parent))
-    from judge import jax_shims
+    from judge import containment, jax_shims
     from judge.worker import write_result
 
     jax_shims.set_environment()
     request = json.loads(Path(sys.argv[1]).read_text())
+    containment.enter(containment.Need(readable=(request["out"],), writable=(request["out"],)))
     jax_shims.check_version()
     jax_shims.patch_interpreter()
     try:

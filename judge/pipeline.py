@@ -34,6 +34,7 @@ from judge.measure import manager
 from judge.policy import NO_PALLAS
 from judge.sandbox import Process
 
+MOSAIC_CALL = 'custom_call_target="tpu_custom_call"'
 HERE = Path(__file__).resolve().parent
 ROOT = identity.root_of(HERE.parent / "prepare.py")
 
@@ -286,6 +287,9 @@ class Judging:
         self._finish(self._start("compile.py", folder, request), self.task.limits.compile_seconds)
         hashes = []
         for name in traced:
+            if NO_PALLAS not in self.task.sealed.needs and MOSAIC_CALL not in (folder / name / "hlo.txt").read_text():
+                reason = "the compiled program has no Pallas kernel: nothing that kernel_fn returns depends on one"
+                raise Failed("FAIL_CONTRACT", f"workload {name}: {reason}")
             facts = json.loads((folder / name / "facts.json").read_text())
             hashes.append(f"{name}={facts.pop('program_sha256')}")
             peak = facts["argument_bytes"] + facts["output_bytes"] - facts["alias_bytes"] + facts["temporary_bytes"]

@@ -68,4 +68,18 @@ CASES = [
         status="FAIL_CONTRACT",
         reason="matrix products beside the Pallas kernel",
     ),
+    Case(
+        name="a kernel that nothing depends on",
+        base="add",
+        own_baseline=True,
+        edits=(
+            (
+                "def kernel_fn(a, x, y):",
+                "def kernel_fn(a, x, y):\n    unused(a, x, y)\n    return x + y\n\n\ndef unused(a, x, y):",
+            ),
+            ("    return a[0] * x + y", "    return x + y"),
+        ),
+        status="FAIL_CONTRACT",
+        reason="the compiled program has no Pallas kernel",
+    ),
 ]
