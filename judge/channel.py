@@ -61,8 +61,8 @@ def parse(data: bytes, names: list[str]) -> Message:
     try:
         header = json.loads(data[8 : 8 + size])
         status, reason, workloads = header["status"], header["reason"], header["workloads"]
-        if not isinstance(status, str) or not isinstance(reason, str):
-            raise TypeError("status")
+        if not isinstance(status, str) or not isinstance(reason, str) or not isinstance(workloads, dict):
+            raise TypeError("status, reason or workloads")
         sizes = {name: workloads[name]["bytes"] for name in (names if status == "PASS" else ())}
         trees = {name: workloads[name]["tree"] for name in sizes}
     except (ValueError, KeyError, TypeError, RecursionError):

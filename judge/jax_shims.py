@@ -209,19 +209,37 @@ def constant_bytes(closed_jaxpr: Any) -> int:
 
 
 def matmul_flops_beside_kernels(closed_jaxpr: Any) -> float:
-    """FLOPs of the matrix products outside every Pallas kernel, loops taken once."""
+    """FLOPs of the matrix products and convolutions outside every Pallas kernel, loops taken once."""
     total = 0.0
 
     def visit(equation: Any) -> bool:
         nonlocal total
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            left = equation.invars[0].aval.shape
-            total += 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[i] for i in contracted)
+        if equation.primitive.name in _TERMS:
+            total += 2.0 * math.prod(equation.outvars[0].aval.shape) * _TERMS[equation.primitive.name](equation)
         return equation.primitive.name not in PALLAS_CALLS
 
     _walk(closed_jaxpr, visit)
     return total
+
+
+def _terms_of_dot(equation: Any) -> int:
+    (contracted, _), _ = equation.params["dimension_numbers"]
+    left = equation.invars[0].aval.shape
+    return math.prod(left[i] for i in contracted)
+
+
+def _terms_of_convolution(equation: Any) -> int:
+    features, *_ = equation.params["dimension_numbers"].rhs_spec
+    weights = equation.invars[1].aval.shape
+    return math.prod(weights) // max(1, weights[features])
+
+
+# Primitive → products that each element of its result adds up.
+_TERMS: dict[str, Callable[[Any], int]] = {
+    "dot_general": _terms_of_dot,
+    "conv_general_dilated": _terms_of_convolution,
+    "ragged_dot_general": lambda equation: int(equation.invars[0].aval.shape[-1]),
+}
 
 
 def donated_arguments(closed_jaxpr: Any, num_arguments: int) -> tuple[int, ...]:

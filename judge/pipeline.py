@@ -34,6 +34,7 @@ from judge.measure import manager
 from judge.policy import NO_PALLAS
 from judge.sandbox import Process
 
+MOSAIC_CALL = 'custom_call_target="tpu_custom_call"'
 HERE = Path(__file__).resolve().parent
 ROOT = identity.root_of(HERE.parent / "prepare.py")
 
@@ -263,7 +264,11 @@ class Judging:
             checking[0].kill()
 
     def _start_strict(self, traced: dict[str, Any]) -> tuple[Process, Path]:
-        programs = {name: {"program": workload["program"]} for name, workload in traced.items()}
+        described = self.folder / "describe"
+        programs = {
+            name: {"program": workload["program"], "integers": str(described / f"{name}.npz")}
+            for name, workload in traced.items()
+        }
         request: dict[str, Any] = {
             "topology": self.task.chip.topology,
             "workloads": programs,
@@ -286,6 +291,9 @@ class Judging:
         self._finish(self._start("compile.py", folder, request), self.task.limits.compile_seconds)
         hashes = []
         for name in traced:
+            if NO_PALLAS not in self.task.sealed.needs and MOSAIC_CALL not in (folder / name / "hlo.txt").read_text():
+                reason = "the compiled program has no Pallas kernel: nothing that kernel_fn returns depends on one"
+                raise Failed("FAIL_CONTRACT", f"workload {name}: {reason}")
             facts = json.loads((folder / name / "facts.json").read_text())
             hashes.append(f"{name}={facts.pop('program_sha256')}")
             peak = facts["argument_bytes"] + facts["output_bytes"] - facts["alias_bytes"] + facts["temporary_bytes"]

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 MODULES = (
     *("jax", "jax.numpy", "jax.lax", "jax.experimental.pallas", "jax.experimental.pallas.tpu"),
-    *("numpy", "functools", "math", "dataclasses", "typing"),
+    *("numpy", "functools", "math", "dataclasses", "typing", "enum", "itertools", "collections.abc"),
 )
 # Reached through those, or imported by themselves, in a kernel's everyday use.
 _PARTS = (
@@ -28,6 +28,7 @@ _PACKAGES = frozenset(module.rsplit(".", 1)[0] for module in _REACHABLE if "." i
 NO_PALLAS = "no pallas"
 NEEDS = "NEEDS"
 REFERENCE = "reference_fn"
+_MAIN = ("__name__ == '__main__'", "'__main__' == __name__")
 
 
 def _words(text: str) -> frozenset[str]:
@@ -42,6 +43,7 @@ _ONLY = {
     "functools": "cache cmp_to_key lru_cache partial reduce",
     "dataclasses": """FrozenInstanceError InitVar KW_ONLY MISSING asdict astuple dataclass field fields is_dataclass
         replace""",
+    "enum": "Enum Flag IntEnum IntFlag StrEnum auto unique",
     "typing": """AbstractSet Annotated Any AnyStr Callable ClassVar Collection Concatenate Container Dict Final
         FrozenSet Generic Hashable Iterable Iterator List Literal Mapping MutableMapping MutableSequence NamedTuple
         Never NewType NoReturn Optional ParamSpec Protocol Self Sequence Set Sized SupportsFloat SupportsIndex
@@ -73,6 +75,7 @@ _BUILTINS_NEVER = _words("__import__ breakpoint compile delattr eval exec getatt
 # Built-in names with no place in a kernel, but good names for variables.
 _BUILTINS_UNLESS_DEFINED = _words("copyright credits dir exit help id input license memoryview quit")
 _DUNDERS = frozenset(("__name__", "__doc__"))
+_OF_NAMEDTUPLES = _words("_replace _asdict _make _fields")  # public, whatever their names say
 # Methods that a class may define; others decide what a type check, an attribute or an array's memory is.
 _METHODS = _words("""
     __init__ __post_init__ __call__ __repr__ __str__ __eq__ __ne__ __hash__ __lt__ __le__ __gt__ __ge__ __len__
@@ -110,8 +113,17 @@ def needs_of(tree: ast.Module) -> tuple[str, ...]:
 
 def violations(tree: ast.Module, needs: tuple[str, ...] = ()) -> list[Violation]:
     """Every rule that the file breaks, in the order of its lines; `needs` is what its baseline declares."""
-    checker = _Checker(tree, frozenset(needs))
+    checker = _Checker(_without_main_block(tree), frozenset(needs))
     return sorted(checker.run(), key=lambda violation: violation.line)
+
+
+def _without_main_block(tree: ast.Module) -> ast.Module:
+    """The file but for what stands below `if __name__ == "__main__":`, which no judge runs."""
+    body: list[ast.stmt] = []
+    for node in tree.body:
+        is_main = isinstance(node, ast.If) and ast.unparse(node.test) in _MAIN
+        body += node.orelse if is_main and isinstance(node, ast.If) else [node]
+    return ast.Module(body=body, type_ignores=[])
 
 
 def module_chains(tree: ast.Module) -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -133,15 +145,18 @@ def _aliases(tree: ast.Module) -> dict[str, str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
-                found[alias.asname or alias.name.split(".")[0]] = (
-                    alias.name if alias.asname else alias.name.split(".")[0]
-                )
+                found[alias.asname or alias.name.split(".")[0]] = _bound_by(alias)
         elif isinstance(node, ast.ImportFrom) and node.module:
             for alias in node.names:
                 full = f"{node.module}.{alias.name}"
                 if full in _REACHABLE or full in _PACKAGES:
                     found[alias.asname or alias.name] = full
     return found
+
+
+def _bound_by(alias: ast.alias) -> str:
+    """The module that `import a.b` or `import a.b as c` gives a name: a, or a.b."""
+    return alias.name if alias.asname else alias.name.split(".")[0]
 
 
 def _dotted(node: ast.expr) -> tuple[ast.Name | None, tuple[str, ...]]:
@@ -151,6 +166,24 @@ def _dotted(node: ast.expr) -> tuple[ast.Name | None, tuple[str, ...]]:
         path.insert(0, node.attr)
         node = node.value
     return (node if isinstance(node, ast.Name) else None), tuple(path)
+
+
+def _parameters(node: ast.AST) -> list[str]:
+    """Names of a function's positional parameters."""
+    if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+        return []
+    return [argument.arg for argument in (*node.args.posonlyargs, *node.args.args)]
+
+
+def _attributes_of(kind: ast.AST, own: str) -> set[str]:
+    """What a class sets on `own` or defines in its body."""
+    found = set()
+    for node in ast.walk(kind):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == own:
+            found |= {node.attr} if isinstance(node.ctx, ast.Store) else set()
+        elif isinstance(node, ast.FunctionDef) or (isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)):
+            found.add(node.name if isinstance(node, ast.FunctionDef) else node.id)
+    return found
 
 
 class _Checker:
@@ -180,8 +213,28 @@ class _Checker:
     def _may_import(self, module: str) -> bool:
         return module in _REACHABLE or module in _PACKAGES or (module in self._needs and "._" not in module)
 
+    def _bind(self, node: ast.AST, name: str | None, target: str = "") -> None:
+        """Something other than an assignment gives `name` a value; only an import gives one to a module's name."""
+        if name is not None and name.startswith("__"):
+            self._refuse(node, f"{name}: introspection")
+        elif name is not None and self._aliases.get(name, target) != target:
+            self._refuse(node, f"module {self._aliases[name]} bound again: give {name} one meaning")
+
+    def _visit_ExceptHandler(self, node: ast.ExceptHandler) -> None:
+        self._bind(node, node.name)
+
+    def _visit_MatchAs(self, node: ast.MatchAs) -> None:
+        self._bind(node, node.name)
+
+    def _visit_MatchStar(self, node: ast.MatchStar) -> None:
+        self._bind(node, node.name)
+
+    def _visit_MatchMapping(self, node: ast.MatchMapping) -> None:
+        self._bind(node, node.rest)
+
     def _visit_Import(self, node: ast.Import) -> None:
         for alias in node.names:
+            self._bind(node, alias.asname or alias.name.split(".")[0], _bound_by(alias))
             if not self._may_import(alias.name):
                 self._refuse_import(node, alias.name)
 
@@ -195,6 +248,7 @@ class _Checker:
             self._refuse_import(node, module)
             return
         for alias in node.names:
+            self._bind(node, alias.asname or alias.name, f"{module}.{alias.name}")
             if alias.name == "*":
                 self._refuse(node, f"from {module} import *: import the names you use")
             elif not self._may_import(f"{module}.{alias.name}"):
@@ -212,7 +266,7 @@ class _Checker:
 
     def _visit_Name(self, node: ast.Name) -> None:
         name = node.id
-        if name.startswith("__") and name not in _DUNDERS:
+        if name.startswith("__") and (name not in _DUNDERS or not isinstance(node.ctx, ast.Load)):
             self._refuse(node, f"{name}: introspection")
         elif name in _BUILTINS_NEVER and not self._is_plain_getattr(node):
             self._refuse(node, f"{name}: dynamic execution, introspection and files have no place in a kernel file")
@@ -221,7 +275,7 @@ class _Checker:
         elif name in self._aliases and not self._is_base(node):
             what = "bound again" if not isinstance(node.ctx, ast.Load) else "used as a value"
             self._refuse(node, f"module {self._aliases[name]} {what}: use its functions by their full names")
-        elif name == REFERENCE and isinstance(node.ctx, ast.Load) and not self._is_in_main_block(node):
+        elif name == REFERENCE and isinstance(node.ctx, ast.Load):
             self._refuse(node, f"{REFERENCE} called or passed on: it is the oracle's")
 
     def _is_plain_getattr(self, node: ast.Name) -> bool:
@@ -236,19 +290,8 @@ class _Checker:
         parent = self._parents.get(node)
         return isinstance(parent, ast.Attribute) and parent.value is node
 
-    def _is_in_main_block(self, node: ast.AST) -> bool:
-        """Below `if __name__ == "__main__":`, which no judge runs."""
-        while (parent := self._parents.get(node)) is not None:
-            if isinstance(parent, ast.If) and node in parent.body:
-                test = ast.unparse(parent.test)
-                if test in ("__name__ == '__main__'", "'__main__' == __name__"):
-                    return isinstance(self._parents.get(parent), ast.Module)
-            node = parent
-        return False
-
     def _visit_arg(self, node: ast.arg) -> None:
-        if node.arg in self._aliases:
-            self._refuse(node, f"module {self._aliases[node.arg]} bound again: give the argument another name")
+        self._bind(node, node.arg)
 
     def _define(self, node: ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef) -> None:
         if node.name.startswith("__") and node.name not in _METHODS:
@@ -270,17 +313,32 @@ class _Checker:
 
     def _visit_Attribute(self, node: ast.Attribute) -> None:
         root, path = _dotted(node)
+        if self._is_own(node):
+            return
         if not isinstance(node.ctx, ast.Load):
             whose = f" on module {self._aliases[root.id]}" if root is not None and root.id in self._aliases else ""
             self._refuse(
                 node, f"attribute assignment{whose} (.{node.attr}): a kernel file changes no object's attributes"
             )
-        elif node.attr.startswith("_") and node.attr not in _DUNDERS:
+        elif node.attr.startswith("_") and node.attr not in _DUNDERS | _OF_NAMEDTUPLES:
             self._refuse(node, f".{node.attr}: a private attribute")
         elif node.attr in _ATTRIBUTES_NEVER:
             self._refuse(node, f".{node.attr}: introspection, or a change of what jax does")
         elif root is not None and root.id in self._aliases:
             self._check_chain(node, self._aliases[root.id], path)
+
+    def _is_own(self, node: ast.Attribute) -> bool:
+        """`self.x` or `self._x` in a method of a class that itself sets or defines it."""
+        if not isinstance(node.value, ast.Name) or node.attr.startswith("__") or node.attr in _ATTRIBUTES_NEVER:
+            return False
+        name, inner = node.value.id, self._parents[node]
+        while not (isinstance(inner, ast.FunctionDef) and isinstance(self._parents[inner], ast.ClassDef)):
+            if inner not in self._parents or name in _parameters(inner):
+                return False
+            inner = self._parents[inner]
+        stored = {n.id for n in ast.walk(inner) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
+        is_self = _parameters(inner)[:1] == [name] and name not in stored and name not in self._aliases
+        return is_self and node.attr in _attributes_of(self._parents[inner], name)
 
     def _check_chain(self, node: ast.Attribute, module: str, path: tuple[str, ...]) -> None:
         """`module.a.b`: every step is a module that may be reached, until one is a member that may be used."""

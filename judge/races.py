@@ -68,7 +68,7 @@ class Detector:
         reads, writes = self._seen[buffer]
         width = reads._low.shape[1]
         low, high = _fit(lowest, width, 0), _fit(highest, width, _ENDLESS)
-        place = _place(source_info)
+        place = place_of(source_info)
         for others, kind in ((writes, "write"), (reads, "read")) if is_write else ((writes, "write"),):
             other = others.unordered(low, high, clock)
             if other is not None and not self.races_found:
@@ -95,7 +95,7 @@ def _fit(values: list[int], width: int, fill: int) -> np.ndarray:
     return np.array((values + [fill] * width)[:width], np.int64)
 
 
-def _place(source_info: Any) -> str:
+def place_of(source_info: Any) -> str:
     from jax._src import source_info_util
 
     frame = source_info_util.user_frame(source_info.traceback) if source_info is not None else None

@@ -5,13 +5,14 @@
 The same jaxpr that is timed runs once more with every DMA held back until it is waited for, every memory filled with
 NaN, reads out of bounds an error, and each access checked against the others with vector clocks. What is read before
 its copy is waited for is then wrong as well as a race. Covered: DMAs, semaphores, VMEM, SMEM and HBM accesses of every
-Pallas kernel in the program, on one small check set of each workload in the timed shapes. Not covered: orders that
-other values of the scalars would take.
+Pallas kernel in the program, on one small check set of each workload in the timed shapes; and, without the data, on the
+scalars of the timed inputs (follow.py). What cannot be followed so runs in the strict interpreter on the timed inputs.
 """
 
 import json
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 # What a kernel does that the compiler does not order by itself.
@@ -52,6 +53,25 @@ def strictly(program: Any, inputs: list[Any], where: str) -> list[Any] | None:
     return list(outputs)
 
 
+def _follow(sealed: ModuleType, arguments: dict[str, Any], program: Any, integers: Path, name: str) -> None:
+    """The program on the timed scalars; where they do not say what it does, on the timed inputs. Raises Race."""
+    import jax
+    import numpy as np
+
+    from judge import copies, follow, oracle
+
+    where = f"workload {name}, timed inputs"
+    try:
+        with np.load(integers) as saved:
+            follow.follow(program, {int(key): saved[key] for key in saved.files})
+    except copies.Broken as broken:
+        raise Race(f"{where}: {broken}") from None
+    except follow.Unfollowable as reason:
+        inputs = oracle.inputs_of(sealed, oracle.TIMED_SEED, arguments)
+        if strictly(program, [jax.numpy.array(array, copy=True) for array in inputs], where) is None:
+            raise Race(f"{where}: neither interpreter knows this program: {reason}") from None
+
+
 def _last_line(error: Exception) -> str:
     """The line of a long message that names the error."""
     told = str(error).strip().splitlines() or [type(error).__name__]
@@ -76,6 +96,8 @@ def check(request: dict[str, Any]) -> dict[str, Any]:
             program = wire.loads(Path(request["workloads"][name]["program"]).read_bytes())
         if not jax_shims.find_primitives(program, jax_shims.PALLAS_CALLS):
             continue
+        with jax_shims.on_chip(device):
+            _follow(sealed, arguments, program, Path(request["workloads"][name]["integers"]), name)
         label, (seed, changed) = oracle.strict_set(sealed, arguments, request["secret"])
         where = f"workload {name}, check {label!r}"
         inputs = oracle.inputs_of(sealed, seed, changed)

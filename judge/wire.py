@@ -2,8 +2,9 @@
 
 The kernel file has run in the worker's process, so nothing that jax does there can be relied on. The jaxpr leaves it as
 data; lower.py, a process in which no kernel file ever runs, rebuilds it, checks its types and lowers it. Reading is
-safe on hostile bytes: only classes of the modules named here are made, primitives are looked up by name among jax's
-own, functions arrive as an object that refuses to be called, and no state is set on anything but a new object.
+made for hostile bytes: only classes that jax defines in the modules named here are made, primitives are looked up by
+name among jax's own, functions arrive as an object that refuses to be called, and no state is set on anything but a
+new object. Should it fail nevertheless, lower.py is contained like the worker.
 """
 
 import dataclasses
@@ -27,14 +28,12 @@ _EXACT = {
     ("builtins", "frozenset"),
     ("builtins", "slice"),
     ("builtins", "complex"),
-    ("builtins", "ellipsis"),
     ("builtins", "dict"),
     ("builtins", "bool"),
     ("builtins", "int"),
     ("builtins", "float"),
     ("builtins", "tuple"),
     ("builtins", "list"),
-    ("builtins", "type"),
     ("builtins", "NoneType"),
     ("collections", "OrderedDict"),
     ("numpy", "dtype"),
@@ -202,6 +201,13 @@ def numpy_type(name: str) -> Any:
     return getattr(np, name) if name in _NUMPY_TYPES else getattr(ml_dtypes, name)
 
 
+def type_of(value: Any) -> Any:
+    """What `type` is called for when None or ... are among the parameters."""
+    if value is not None and value is not ... and value is not NotImplemented:
+        raise WireError("a type that has no place in a traced program")
+    return type(value)
+
+
 _FUNCTIONS = (primitive, tree, equation, typed_array, refusing, empty_mesh, numpy_type)
 
 
@@ -263,6 +269,27 @@ def _is_data(kind: type) -> bool:
     return dataclasses.is_dataclass(kind) or issubclass(kind, plain) or hasattr(kind, "_fields")
 
 
+def _is_of_jax(kind: type) -> bool:
+    """A class that jax or ml_dtypes defines, no module's import of another's, and none that does the tracing."""
+    from jax._src import core
+
+    return kind.__module__.startswith(("jax", "ml_dtypes")) and not issubclass(kind, core.Primitive | core.Trace)
+
+
+def _takes_state(instance: Any, state: Any) -> bool:
+    """Whether it was made for this stream alone; the state of an element type is that of a plain one."""
+    import numpy as np
+    from jax._src import core, mesh
+
+    if isinstance(instance, np.dtype):
+        if not isinstance(state, tuple) or len(state) != 8 or instance.hasobject:
+            return False
+        return state[2:5] == (None, None, None) and state[5] in (-1, instance.itemsize) and state[7] == instance.flags
+    if isinstance(instance, type | enum.Enum | core.Primitive | mesh.Mesh):
+        return False
+    return not callable(instance) or dataclasses.is_dataclass(instance)
+
+
 class _Reader(pickle._Unpickler):
     """pickle's own reader in Python, with fewer opcodes and a short list of what may be made."""
 
@@ -273,23 +300,27 @@ class _Reader(pickle._Unpickler):
         _import_all()
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "type"):
+            return type_of
+        if (module, name) == ("builtins", "ellipsis"):
+            return type(...)
+        if not name.isidentifier():  # a dot would lead through one module into any other
+            raise WireError(f"{module}.{name} has no place in a traced program")
         if module == "judge.wire":
             allowed = {function.__name__: function for function in _FUNCTIONS}
             if name in allowed:
                 return allowed[name]
         elif (module, name) in _EXACT | _REBUILDERS or (module == "numpy.dtypes" and name.endswith("DType")):
-            if (module, name) == ("builtins", "ellipsis"):
-                return type(...)
             return super().find_class(module, name)
         elif module in _MODULES or module.startswith("jax._src."):
             value = super().find_class(module, name)
-            if isinstance(value, type) and (module in _MODULES or _is_data(value)):
+            if isinstance(value, type) and _is_of_jax(value) and (module in _MODULES or _is_data(value)):
                 return value
         raise WireError(f"{module}.{name} has no place in a traced program")
 
     def load_build(self) -> None:
-        instance = self.stack[-2]  # type: ignore[attr-defined]
-        if isinstance(instance, type) or (callable(instance) and not dataclasses.is_dataclass(instance)):
+        state, instance = self.stack[-1], self.stack[-2]  # type: ignore[attr-defined]
+        if not _takes_state(instance, state):
             raise WireError("state for something that is no new object")
         pickle._Unpickler.load_build(self)  # type: ignore[attr-defined]
 

@@ -53,6 +53,7 @@ PASSED = {"status": "PASS", "reason": "", "workloads": WORKLOADS}
         raw(PASSED, b"one more"),
         raw(PASSED | {"status": ["PASS"]}, b"one"),
         raw(PASSED | {"workloads": {}}),
+        raw({"status": "FAIL_CRASH", "reason": "", "workloads": 5}),
         raw(PASSED | {"workloads": WORKLOADS | {"b": WORKLOADS["a"]}}, b"oneone"),
         raw(PASSED | {"workloads": {"a": {"tree": "*", "bytes": -3}}}),
         raw(PASSED | {"workloads": {"a": {"tree": "*", "bytes": 3.0}}}, b"one"),

@@ -27,7 +27,7 @@ def named(case: cheats.Case) -> str:
 
 def test_the_suite_is_as_large_as_it_says():
     assert len(cheats.cheats()) >= 60
-    assert len(cheats.load("honest")) >= 25
+    assert len(cheats.load("honest")) >= 27
     assert sum(case.base == "rpa" for case in cheats.cheats()) > len(cheats.cheats()) / 2
     assert all(case.status != "PASS" for case in cheats.cheats())
     assert all(case.status == "PASS" for case in cheats.load("honest"))

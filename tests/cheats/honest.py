@@ -223,4 +223,63 @@ CASES = [
             ),
         ),
     ),
+    Case(
+        name="copies in a class of their own, and a main block that times",
+        edits=(
+            ("import functools\n", "import enum\nimport functools\nimport itertools\n"),
+            (
+                "\nLANES = 128\n",
+                "\nLANES = 128\n\n\nclass Slot(enum.IntEnum):\n    FIRST = 0\n\n\nclass PageCopies:\n    def __init__(self, make):\n        self._make = make\n        self.count = 0\n\n    def start(self, *where):\n        self.count += 1\n        self._make(*where).start()\n",
+            ),
+            (
+                "        def start_fetch(block, slot):\n            for_each_page_copy(block, slot, lambda dma: dma.start())\n",
+                "        copies = PageCopies(lambda block, slot: start_all(block, slot))\n\n        class start_all:\n            def __init__(self, block, slot):\n                self.where = (block, slot)\n\n            def start(self):\n                for_each_page_copy(*self.where, lambda dma: dma.start())\n\n        def start_fetch(block, slot):\n            copies.start(block, slot)\n",
+            ),
+            (
+                "            start_fetch(0, 0)\n",
+                "            start_fetch(0, int(Slot.FIRST))\n            assert list(itertools.repeat(1, 2)) == [1, 1]\n",
+            ),
+            (
+                "\ndef get_tiling_meta",
+                '\nif __name__ == "__main__":\n    import time\n\n    started = time.perf_counter()\n    jax.block_until_ready(reference_fn(*generate_inputs(jax.random.key(0))))\n    print(f"{time.perf_counter() - started:.3f} s on {jax.devices()[0]}")\n\n\ndef get_tiling_meta',
+            ),
+        ),
+    ),
+    Case(
+        name="scoped memory, a branch with values and a loop with a carry",
+        base="add",
+        edits=(
+            ("import jax\nimport", "import functools\nfrom typing import NamedTuple\n\nimport jax\nimport"),
+            (
+                "def body(a_ref, x_ref, y_ref, out_ref):\n",
+                'class Rows(NamedTuple):\n    first: int = 0\n    count: int = 8\n\n\ndef body(a_ref, x_ref, y_ref, out_ref, *, rows):\n    if x_ref.shape[0] % rows.count:\n        raise ValueError(f"{x_ref.shape[0]} rows are no multiple of {rows.count}")\n    with jax.named_scope("scaled_add"):\n        pl.run_scoped(functools.partial(scaled, a_ref, x_ref, y_ref, out_ref), pltpu.VMEM(x_ref.shape, jnp.float32))\n\n\ndef scaled(a_ref, x_ref, y_ref, out_ref, sum_ref):\n    sum_ref[...] = y_ref[...]\n\n    def add_eight(i, done):\n        rows = pl.ds(pl.multiple_of(i * 8, 8), 8)\n        sum_ref[rows, :] += a_ref[0].astype(jnp.float32) * x_ref[rows, :]\n        return done + 1\n\n    done = jax.lax.fori_loop(0, x_ref.shape[0] // 8, add_eight, 0)\n    enough = jax.lax.cond(done > 0, lambda: 1, lambda: 0)\n\n    @pl.when(enough == 1)\n    def _():\n        out_ref[...] = sum_ref[...]\n\n\ndef unused(a_ref, x_ref, y_ref, out_ref):\n',
+            ),
+            ("        body,\n", "        functools.partial(body, rows=Rows()._replace(first=0)),\n"),
+        ),
+    ),
+    Case(
+        name="a pipeline in the kernel",
+        base="add",
+        edits=(
+            (
+                "def kernel_fn(a, x, y):\n    rows = pl.BlockSpec((BLOCK, COLUMNS), lambda i, a_ref: (i, 0))",
+                "def outer(a_ref, x_hbm, y_hbm, out_hbm):\n    def step(x_ref, y_ref, out_ref):\n        out_ref[...] = a_ref[0].astype(jnp.float32) * x_ref[...] + y_ref[...]\n\n    block = pl.BlockSpec((BLOCK, COLUMNS), lambda i: (i, 0))\n    pltpu.emit_pipeline(step, grid=(ROWS // BLOCK,), in_specs=[block, block], out_specs=[block])(x_hbm, y_hbm, out_hbm)\n\n\ndef kernel_fn(a, x, y):\n    rows = pl.BlockSpec(memory_space=pltpu.HBM)",
+            ),
+            ("        body,\n", "        outer,\n"),
+            (
+                "grid=(ROWS // BLOCK,), in_specs=[rows, rows], out_specs=rows",
+                "grid=(1,), in_specs=[rows, rows], out_specs=rows",
+            ),
+        ),
+    ),
+    Case(
+        name="rolled, strided and back",
+        base="add",
+        edits=(
+            (
+                "    out_ref[...] = a.astype(jnp.float32) * x_ref[...] + y_ref[...]",
+                "    rolled = pltpu.roll(a.astype(jnp.float32) * x_ref[...], 1, 0)\n    out_ref[...] = pltpu.roll(rolled, x_ref.shape[0] - 1, 0)\n    for first in range(2):\n        rows = pl.ds(first, x_ref.shape[0] // 2, stride=2)\n        bits = pltpu.bitcast(out_ref[rows, :], jnp.int32)\n        out_ref[rows, :] = pltpu.bitcast(bits, jnp.float32) + y_ref[rows, :]",
+            ),
+        ),
+    ),
 ]

@@ -59,4 +59,36 @@ CASES = [
         status="FAIL_RACE",
         reason="workload small, check 'races'",
     ),
+    Case(
+        name="waits late, but not where races are looked for",
+        edits=(
+            (
+                "                wait_fetch(block, slot)\n\n",
+                "                races = total == 3\n                pl.when(races)(lambda: wait_fetch(block, slot))\n\n",
+            ),
+            (
+                "                    l_vmem[head] = jnp.broadcast_to(l_new, (bq * group, LANES))\n",
+                "                    l_vmem[head] = jnp.broadcast_to(l_new, (bq * group, LANES))\n\n                pl.when(jnp.logical_not(races))(lambda: wait_fetch(block, slot))\n",
+            ),
+        ),
+        status="FAIL_RACE",
+        reason="workload small, timed inputs",
+    ),
+    Case(
+        name="an output's blocks visited again",
+        base="matmul",
+        own_baseline=True,
+        edits=(
+            ("        acc_ref[...] = jnp.zeros_like(acc_ref)", "        out_ref[...] = jnp.zeros_like(out_ref)"),
+            ("    acc_ref[...] += jnp.dot(", "    out_ref[...] += jnp.dot("),
+            ("pl.program_id(2) == 0", "pl.program_id(0) == 0"),
+            ("        out_ref[...] = acc_ref[...].astype(out_ref.dtype)\n", "        pass\n"),
+            ("grid=(M // BM, N // BN, K // BK)", "grid=(K // BK, M // BM, N // BN)"),
+            ("lambda i, j, k: (i, k)", "lambda k, i, j: (i, k)"),
+            ("lambda i, j, k: (k, j)", "lambda k, i, j: (k, j)"),
+            ("lambda i, j, k: (i, j)", "lambda k, i, j: (i, j)"),
+        ),
+        status="FAIL_RACE",
+        reason="is visited again",
+    ),
 ]

@@ -68,4 +68,40 @@ CASES = [
         status="FAIL_CONTRACT",
         reason="matrix products beside the Pallas kernel",
     ),
+    Case(
+        name="a kernel that nothing depends on",
+        base="add",
+        own_baseline=True,
+        edits=(
+            (
+                "def kernel_fn(a, x, y):",
+                "def kernel_fn(a, x, y):\n    unused(a, x, y)\n    return x + y\n\n\ndef unused(a, x, y):",
+            ),
+            ("    return a[0] * x + y", "    return x + y"),
+        ),
+        status="FAIL_CONTRACT",
+        reason="the compiled program has no Pallas kernel",
+    ),
+    Case(
+        name="the work beside the kernel, as a convolution",
+        edits=(
+            (
+                "    return ragged_paged_attention(\n        queries, keys",
+                "    rows = jnp.tile(queries, (8, 1, 1)).reshape(1, -1, 128)\n    scores = jax.lax.conv_general_dilated(rows, rows.reshape(1, -1, 128).transpose(0, 2, 1), (1,), 'VALID', dimension_numbers=('NWC', 'WIO', 'NWC'))\n    queries = queries + 0 * jnp.sum(scores).astype(DTYPE)\n    return ragged_paged_attention(\n        queries, keys",
+            ),
+        ),
+        status="FAIL_CONTRACT",
+        reason="matrix products beside the Pallas kernel",
+    ),
+    Case(
+        name="approximate on the chip alone",
+        edits=(
+            (
+                "    return ragged_paged_attention(\n        queries, keys",
+                "    best = jax.lax.approx_max_k(queries.astype(jnp.float32).reshape(-1), 2, recall_target=0.1)[0]\n    queries = queries + 0 * jnp.sum(best).astype(DTYPE)\n    return ragged_paged_attention(\n        queries, keys",
+            ),
+        ),
+        status="FAIL_CONTRACT",
+        reason="kernel_fn uses approx_top_k",
+    ),
 ]

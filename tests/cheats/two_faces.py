@@ -94,4 +94,32 @@ CASES = [
         status="FAIL_CONTRACT",
         reason="jax.experimental.pallas.semaphore_read",
     ),
+    Case(
+        name="one name, two modules",
+        edits=(
+            (
+                "import functools\n",
+                "import dataclasses as m\nMODULES = m.sys.modules\nimport jax.numpy as m\nimport functools\n",
+            ),
+        ),
+        status="FAIL_CONTRACT",
+        reason="module jax.numpy bound again",
+    ),
+    Case(
+        name="calls itself the main program",
+        edits=(("\nLANES = 128\n", '\nLANES = 128\n__name__ = "__main__"\n'),),
+        status="FAIL_CONTRACT",
+        reason="__name__: introspection",
+    ),
+    Case(
+        name="a class's self that is something else",
+        edits=(
+            (
+                "\nLANES = 128\n",
+                "\nLANES = 128\n\n\nclass Patch:\n    def apply(self, other):\n        self = other\n        self.lower = None\n",
+            ),
+        ),
+        status="FAIL_CONTRACT",
+        reason="attribute assignment (.lower)",
+    ),
 ]

@@ -1,0 +1,133 @@
+"""Memory of a followed kernel, and which parts of it copies under way touch."""
+
+import itertools
+import math
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from judge.races import place_of
+
+
+class Broken(Exception):
+    """FAIL_RACE: what was done, and where."""
+
+
+class Boxes:
+    """Regions of one buffer that copies under way touch."""
+
+    def __init__(self, dimensions: int) -> None:
+        self.live = 0
+        self._count = 0
+        self._low = np.empty((16, dimensions), np.int64)
+        self._high = np.empty((16, dimensions), np.int64)
+        self._is_live = np.zeros(16, bool)
+        self._places: list[Any] = []
+
+    def add(self, low: Sequence[int], high: Sequence[int], place: Any) -> int:
+        """Returns the number by which the region is removed."""
+        if not self.live:
+            self._count = 0
+            self._places.clear()
+        if self._count == len(self._low):
+            self._low, self._high = (np.concatenate([a, np.empty_like(a)]) for a in (self._low, self._high))
+            self._is_live = np.concatenate([self._is_live, np.zeros_like(self._is_live)])
+        number = self._count
+        self._low[number], self._high[number], self._is_live[number] = low, high, True
+        self._places.append(place)
+        self._count += 1
+        self.live += 1
+        return number
+
+    def remove(self, number: int) -> None:
+        self._is_live[number] = False
+        self.live -= 1
+
+    def overlapping(self, low: Sequence[int], high: Sequence[int]) -> Any:
+        """Where the copy was started that touches this region, or None."""
+        n = self._count
+        hit = ((self._low[:n] < high) & (self._high[:n] > low)).all(axis=1) & self._is_live[:n]
+        return self._places[int(hit.argmax())] if hit.any() else None
+
+
+class Buffer:
+    """Memory behind a reference; `values`: its elements in order where they are scalars, None where one is unknown."""
+
+    def __init__(self, aval: Any, values: np.ndarray | None = None) -> None:
+        self.shape = tuple(int(n) for n in aval.shape)
+        self.space = str(getattr(aval, "memory_space", None) or "vmem").lower()
+        self.itemsize = int(getattr(aval.dtype, "itemsize", 4))
+        self.steps = [math.prod(self.shape[i + 1 :]) for i in range(len(self.shape))]
+        self.values: list[Any] | None = None
+        if values is not None and values.dtype.kind in "iub":
+            self.values = values.reshape(-1).tolist()
+        elif "smem" in self.space:
+            self.values = [None] * math.prod(self.shape)
+        self.brought, self.taken = Boxes(len(self.shape)), Boxes(len(self.shape))  # written, read by copies
+
+    def touch(self, low: Sequence[int], high: Sequence[int], place: Any, *, writes: bool) -> None:
+        """Raises Broken where a copy under way touches the same memory."""
+        other = self.brought.overlapping(low, high) if self.brought.live else None
+        if other is None and writes and self.taken.live:
+            other = self.taken.overlapping(low, high)
+        if other is not None:
+            what = "writes" if writes else "reads"
+            raise Broken(f"{place_of(place)} {what} what the copy of {place_of(other)} touches, not waited for")
+
+    def at(self, low: Sequence[int]) -> int:
+        return sum(a * b for a, b in zip(low, self.steps, strict=True))
+
+
+class Copies:
+    """Copies under way, by semaphore, in the order of their start."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[tuple[int, int], deque[tuple[int, Buffer, int, Buffer, int, Any]]] = {}
+        self._credit: dict[tuple[int, int], int] = {}
+
+    def start(self, source: Any, target: Any, flag: tuple[int, int], place: Any) -> None:
+        """Raises Broken where another copy under way touches the same memory."""
+        (taken, low, high, known), (brought, to_low, to_high, to_known) = source, target
+        taken.touch(low, high, place, writes=False)
+        brought.touch(to_low, to_high, place, writes=True)
+        if brought.values is not None:
+            _copy_values(taken, low, high, brought, to_low, to_high, known and to_known)
+        size = brought.itemsize * math.prod(h - n for n, h in zip(to_low, to_high, strict=True))
+        numbers = taken.taken.add(low, high, place), brought.brought.add(to_low, to_high, place)
+        self._waiting.setdefault(flag, deque()).append((size, taken, numbers[0], brought, numbers[1], place))
+
+    def wait(self, flag: tuple[int, int], size: int, place: Any) -> None:
+        """Ends the oldest copies on the semaphore that so many bytes stand for."""
+        waiting = self._waiting.get(flag, deque())
+        credit = self._credit.get(flag, 0) + size
+        while waiting and credit >= waiting[0][0]:
+            done, taken, taken_number, brought, brought_number, _ = waiting.popleft()
+            credit -= done
+            taken.taken.remove(taken_number)
+            brought.brought.remove(brought_number)
+        if credit and not waiting:
+            raise Broken(f"{place_of(place)} waits for a copy that was not started")
+        self._credit[flag] = credit
+
+    def check_end(self) -> None:
+        for waiting in self._waiting.values():
+            if waiting:
+                raise Broken(f"nobody waits for the copy of {place_of(waiting[0][-1])}")
+
+
+def _copy_values(
+    taken: Buffer, low: Sequence[int], high: Sequence[int], brought: Buffer, to: Sequence[int], end: Any, known: bool
+) -> None:
+    """Scalars that a copy brings; unknown where the two regions are not alike."""
+    assert brought.values is not None
+    axes = [[h - n for n, h in zip(a, b, strict=True) if h - n != 1] for a, b in ((low, high), (to, end))]
+    if not known or taken.values is None or axes[0] != axes[1]:
+        brought.values = [None] * len(brought.values)
+        return
+    sources, targets = (
+        itertools.product(*(range(n, h) for n, h in zip(a, b, strict=True))) for a, b in ((low, high), (to, end))
+    )
+    for source, target in zip(sources, targets, strict=True):
+        brought.values[brought.at(target)] = taken.values[taken.at(source)]
