@@ -53,6 +53,22 @@ def strictly(program: Any, inputs: list[Any], where: str) -> list[Any] | None:
     return list(outputs)
 
 
+def _compare(sealed: ModuleType, inputs: list[Any], got: list[Any], where: str) -> None:
+    """Raises Race where the strict interpreter's outputs are not the oracle's."""
+    import jax
+    import numpy as np
+
+    from judge import oracle
+
+    want = jax.tree.leaves(sealed.reference_fn(*map(jax.numpy.asarray, inputs)))
+    tolerances, lowest = oracle.tolerances_of(sealed, len(want)), oracle.lowest_precision(inputs)
+    for i, (g, w) in enumerate(zip(got, want, strict=True)):
+        try:
+            oracle.compare(np.asarray(g), np.asarray(w), tolerances[i], lowest, f"{where}, output {i}")
+        except oracle.Mismatch as mismatch:
+            raise Race(f"{mismatch}; right when copies are instant, wrong when each ends as late as it may") from None
+
+
 def _follow(sealed: ModuleType, arguments: dict[str, Any], program: Any, integers: Path, name: str) -> None:
     """The program on the timed scalars; where they do not say what it does, on the timed inputs. Raises Race."""
     import jax
@@ -81,7 +97,6 @@ def _last_line(error: Exception) -> str:
 def check(request: dict[str, Any]) -> dict[str, Any]:
     """One check set a workload. Raises Race."""
     import jax
-    import numpy as np
 
     from judge import jax_shims, oracle, wire
     from judge.worker import load_kernel
@@ -96,26 +111,16 @@ def check(request: dict[str, Any]) -> dict[str, Any]:
             program = wire.loads(Path(request["workloads"][name]["program"]).read_bytes())
         if not jax_shims.find_primitives(program, jax_shims.PALLAS_CALLS):
             continue
-        with jax_shims.on_chip(device):
-            _follow(sealed, arguments, program, Path(request["workloads"][name]["integers"]), name)
         label, (seed, changed) = oracle.strict_set(sealed, arguments, request["secret"])
         where = f"workload {name}, check {label!r}"
         inputs = oracle.inputs_of(sealed, seed, changed)
         with jax_shims.on_chip(device):
             got = strictly(program, [jax.numpy.array(array, copy=True) for array in inputs], where)
-        if got is None:
-            continue
-        want = jax.tree.leaves(sealed.reference_fn(*map(jax.numpy.asarray, inputs)))
-        tolerances = oracle.tolerances_of(sealed, len(want))
-        lowest = oracle.lowest_precision(inputs)
-        for i, (g, w) in enumerate(zip(got, want, strict=True)):
-            try:
-                oracle.compare(np.asarray(g), np.asarray(w), tolerances[i], lowest, f"{where}, output {i}")
-            except oracle.Mismatch as mismatch:
-                raise Race(
-                    f"{mismatch}; right when copies are instant, wrong when each ends as late as it may"
-                ) from None
-        count += 1
+        if got is not None:
+            _compare(sealed, inputs, got, where)
+            count += 1
+        with jax_shims.on_chip(device):
+            _follow(sealed, arguments, program, Path(request["workloads"][name]["integers"]), name)
     return {"status": "PASS", "checks": count}
 
 

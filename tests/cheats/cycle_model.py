@@ -6,8 +6,8 @@ CASES = [
     Case(
         name="a semaphore out of balance",
         edits=(("            fetch_q.wait()\n", "            fetch_q.wait()\n            fetch_q.start()\n"),),
-        status="FAIL_COMPILE",
-        reason="the program halts itself",
+        status="FAIL_RACE",
+        reason="reads what the copy of",
     ),
     Case(
         # The CPU clamps the index, the schedule's model would read what lies behind the lengths: no head to attend to.

@@ -89,6 +89,6 @@ CASES = [
             ("lambda i, j, k: (i, j)", "lambda k, i, j: (i, j)"),
         ),
         status="FAIL_RACE",
-        reason="is visited again",
+        reason="Revisited block",
     ),
 ]
