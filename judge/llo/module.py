@@ -87,7 +87,7 @@ class ModuleCost:
 _FREE = {f"{name}-done" for name in COLLECTIVES}
 _FREE |= {"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "copy-done", "slice-done", "opt-barrier"}
 _FREE_CUSTOM_CALLS = ("ConcatBitcast", "AllocateBuffer")  # names for memory that is already in place
-_PASSES_VALUES = {"bitcast", "copy", "copy-done", "copy-start", "reshape", "opt-barrier"}
+_PASSES_VALUES = {"bitcast", "copy", "copy-done", "copy-start", "opt-barrier"}
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%([\w.\-]+) = (\S.*?) ([a-z][a-z0-9\-]*)\((.*)$")
 _SHAPE = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64}
@@ -284,7 +284,7 @@ def _words(by_name: dict[str, Op], name: str, integers: dict[int, np.ndarray]) -
             return _constant(op)
         if op.opcode in ("broadcast", "slice"):
             return _rearranged(op, _words(by_name, op.operands[0], integers))
-        if op.opcode not in _PASSES_VALUES or not op.operands:
+        if op.opcode not in _PASSES_VALUES or not op.operands or not _keeps_order(op, by_name.get(op.operands[0])):
             return None
         name = op.operands[0]
 
@@ -298,6 +298,18 @@ def _rearranged(op: Op, words: np.ndarray | None) -> np.ndarray | None:
         return np.repeat(words, int(shape[1])) if words.size == 1 else None
     bounds = re.search(r"slice=\{\[(\d+):(\d+)\]\}", op.text)
     return words[int(bounds[1]) : int(bounds[2])] if bounds else None
+
+
+def _keeps_order(op: Op, source: Op | None) -> bool:
+    """Whether the words lie in memory as its operand's do: a copy into another layout transposes them."""
+    if source is None or op.opcode not in ("copy", "copy-start"):
+        return source is not None
+
+    def order(text: str) -> tuple[str, ...] | None:
+        shape = _SHAPE.search(text)
+        return None if shape is None else (*shape.groups()[:2], (shape[3] or "").split(":", 1)[0])
+
+    return order(op.type) == order(source.type)
 
 
 def _constant(op: Op) -> np.ndarray | None:

@@ -35,4 +35,21 @@ CASES = [
         status="FAIL_RACE",
         reason="workload default",
     ),
+    Case(
+        # XLA transposes the lengths by a copy into another layout: the model must not take them as they were.
+        name="scalars in another order than they were",
+        edits=(
+            ("    # scalars, prefetched into SMEM\n", "    perm_ref,\n    # scalars, prefetched into SMEM\n"),
+            (
+                "    seq = pl.program_id(0)\n",
+                "    seq = pl.program_id(0)\n    live = perm_ref[1] == kv_lens_ref[5]\n",
+            ),
+            ("@pl.loop(0, num_kv_heads)", "@pl.loop(0, jnp.where(live, num_kv_heads, 0))"),
+            ("    )(kv_lens, page_indices,", "    )(kv_lens.reshape(2, 5).T.reshape(-1), kv_lens, page_indices,"),
+            ("num_scalar_prefetch=4", "num_scalar_prefetch=5"),
+            ("input_output_aliases={6: 1}", "input_output_aliases={7: 1}"),
+        ),
+        status="FAIL_COMPILE",
+        reason="depends on a value that no scalar input gives",
+    ),
 ]
