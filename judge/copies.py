@@ -4,7 +4,7 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -74,10 +74,23 @@ class Buffer:
             other = self.taken.overlapping(low, high)
         if other is not None:
             what = "writes" if writes else "reads"
-            raise Broken(f"{place_of(place)} {what} what the copy of {place_of(other)} touches, not waited for")
+            where = f"{self.space}{list(self.shape)}[{', '.join(f'{a}:{b}' for a, b in zip(low, high, strict=True))}]"
+            raise Broken(
+                f"{place_of(place)} {what} {where}, part of which the copy of {place_of(other)}, not waited for, touches"
+            )
 
     def at(self, low: Sequence[int]) -> int:
         return sum(a * b for a, b in zip(low, self.steps, strict=True))
+
+
+class Found(NamedTuple):
+    """Where a reference lies for the scalars at hand."""
+
+    buffer: Buffer
+    low: list[int]
+    high: list[int]  # one past the highest element along each axis
+    known: bool  # whether every index is
+    size_bytes: int  # of what is seen, which is what a wait counts
 
 
 class Copies:
@@ -87,16 +100,15 @@ class Copies:
         self._waiting: dict[tuple[int, int], deque[tuple[int, Buffer, int, Buffer, int, Any]]] = {}
         self._credit: dict[tuple[int, int], int] = {}
 
-    def start(self, source: Any, target: Any, flag: tuple[int, int], place: Any) -> None:
+    def start(self, source: "Found", target: "Found", flag: tuple[int, int], place: Any) -> None:
         """Raises Broken where another copy under way touches the same memory."""
-        (taken, low, high, known), (brought, to_low, to_high, to_known) = source, target
+        (taken, low, high, known, _), (brought, to_low, to_high, to_known, size_bytes) = source, target
         taken.touch(low, high, place, writes=False)
         brought.touch(to_low, to_high, place, writes=True)
         if brought.values is not None:
             _copy_values(taken, low, high, brought, to_low, to_high, known and to_known)
-        size = brought.itemsize * math.prod(h - n for n, h in zip(to_low, to_high, strict=True))
         numbers = taken.taken.add(low, high, place), brought.brought.add(to_low, to_high, place)
-        self._waiting.setdefault(flag, deque()).append((size, taken, numbers[0], brought, numbers[1], place))
+        self._waiting.setdefault(flag, deque()).append((size_bytes, taken, numbers[0], brought, numbers[1], place))
 
     def wait(self, flag: tuple[int, int], size: int, place: Any) -> None:
         """Ends the oldest copies on the semaphore that so many bytes stand for."""

@@ -19,15 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from judge.copies import Broken, Buffer, Copies
+from judge.copies import Broken, Buffer, Copies, Found
 from judge.races import place_of
+from judge.regions import Region
+from judge.regions import Unfollowable as Unfollowable
 
 Step = Callable[[list[Any]], None]
 _LARGEST_KNOWN = 1 << 22  # elements of an integer array that is computed outside the kernels
-
-
-class Unfollowable(Exception):
-    """The scalars do not say what the program does."""
 
 
 def _quotient(a: int, b: int) -> int | None:
@@ -108,53 +106,6 @@ def _computed(equation: Any, inputs: Sequence[np.ndarray]) -> list[Any]:
         return [np.asarray(result) for result in results]
     except Exception:  # a primitive that cannot be run by itself
         return unknown
-
-
-class Region:
-    """A reference with its indices, as the jaxpr has them: where it lies follows from the scalars."""
-
-    def __init__(self, routine: "Routine", ref: Any, transforms: Any, place: Any) -> None:
-        from jax._src.state.indexing import NDIndexer
-        from jax.experimental.pallas import Slice
-
-        self.slot, self.place = routine.slot(ref), place
-        self.indexers: list[list[tuple[bool, Any, Any, int]]] = []
-        for transform in transforms or ():
-            if not isinstance(transform, NDIndexer):
-                break  # another view of the same memory
-            self.indexers.append(
-                [
-                    (True, routine.slot(i.start), routine.slot(i.size), i.stride)
-                    if isinstance(i, Slice)
-                    else (False, routine.slot(i), None, 1)
-                    for i in transform.indices
-                ]
-            )
-
-    def find(self, env: list[Any]) -> tuple[Buffer, list[int], list[int], bool]:
-        """(buffer, lowest element, one past the highest, whether every index is known). Raises Broken."""
-        buffer: Buffer = env[self.slot]
-        low, high = [0] * len(buffer.shape), list(buffer.shape)
-        strides, open_axes, known = [1] * len(low), list(range(len(low))), True
-        for indexer in self.indexers:
-            left = []
-            for axis, (is_slice, start_slot, size_slot, stride) in zip(open_axes, indexer, strict=True):
-                start, size = env[start_slot], env[size_slot] if is_slice else 1
-                if is_slice:
-                    left.append(axis)
-                if not isinstance(start, int) or not isinstance(size, int):
-                    known = False
-                    continue
-                extent, last = -(-(high[axis] - low[axis]) // strides[axis]), start + (size - 1) * stride
-                if size > 0 and not (start >= 0 and last < extent):
-                    element = start if start < 0 else last
-                    where = f"of an axis of {extent} in {buffer.space}{list(buffer.shape)}"
-                    raise Broken(f"{place_of(self.place)} goes out of bounds: element {element} {where}")
-                low[axis] += start * strides[axis]
-                strides[axis] *= stride
-                high[axis] = low[axis] + max(0, (size - 1) * strides[axis] + 1)
-            open_axes = left
-        return buffer, low, high, known
 
 
 class Routine:
@@ -332,7 +283,7 @@ class Routine:
         is_one = bool(equation.outvars) and _is_scalar(equation.outvars[0].aval)
 
         def step(env: list[Any]) -> None:
-            buffer, low, high, known = region.find(env)
+            buffer, low, high, known, _ = region.find(env)
             buffer.touch(low, high, region.place, writes=writes)
             if buffer.values is None:
                 return
@@ -387,15 +338,14 @@ class Routine:
         _, target, semaphore = self._copied(equation)
 
         def step(env: list[Any]) -> None:
-            buffer, low, high, _ = target.find(env)
-            size = buffer.itemsize * math.prod(h - n for n, h in zip(low, high, strict=True))
-            self.kernel.copies.wait(_flag(semaphore.find(env)), size, equation.source_info)
+            size_bytes = target.find(env).size_bytes
+            self.kernel.copies.wait(_flag(semaphore.find(env)), size_bytes, equation.source_info)
 
         return step
 
 
-def _flag(found: tuple[Buffer, list[int], list[int], bool]) -> tuple[int, int]:
-    buffer, low, _, known = found
+def _flag(found: Found) -> tuple[int, int]:
+    buffer, low, _, known, _ = found
     if not known:
         raise Unfollowable("a semaphore whose index no scalar gives")
     return id(buffer), buffer.at(low)

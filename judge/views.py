@@ -5,7 +5,7 @@
 reads part of one buffer, in another order and as wider words. What a chain of such steps touches is found by sending
 the numbers of the buffer's smallest units through it. Where that is a box of the buffer (a start, a step and a count
 along each axis), the interpreter accesses the box, so that races and bounds are checked on what is really touched, and
-the values are put in order here. What is no box is an error: the program is not known then.
+the values are put in order here. What is no box has the smallest one around it stand for it.
 """
 
 import functools
@@ -51,7 +51,7 @@ def is_plain(transforms: Any) -> bool:
 def view_of(shape: tuple[int, ...], dtype: Any, steps: tuple[Any, ...]) -> View:
     """The view that `steps` make of a region; a step is ("bitcast", dtype), ("reshape", shape) or ("index", …).
 
-    Raises NotImplementedError where it is no box.
+    Raises IndexError out of bounds.
     """
     widths = [np.dtype(d).itemsize for d in (dtype, *(what for kind, what in steps if kind == "bitcast"))]
     unit, per = min(widths), np.dtype(dtype).itemsize // min(widths)
@@ -87,7 +87,8 @@ def _box(numbers: np.ndarray, shape: tuple[int, ...], per: int) -> tuple[tuple[t
     steps = [int(a[1] - a[0]) if len(a) > 1 else 1 for a in axes]
     arithmetic = all(np.array_equal(a, a[0] + step * np.arange(len(a))) for a, step in zip(axes, steps, strict=True))
     if not arithmetic or math.prod(map(len, axes)) != np.unique(numbers // per).size:
-        raise NotImplementedError("a reference that is seen as another shape, and of it a part that is no box")
+        axes = [np.arange(a[0], a[-1] + 1) for a in axes]
+        steps = [1] * len(axes)
     inside = np.zeros(math.prod(shape) * per, np.int64)
     box = np.arange(math.prod(shape) * per).reshape(*shape, per)[np.ix_(*axes, np.arange(per))]
     inside[box.reshape(-1)] = np.arange(box.size)

@@ -182,3 +182,27 @@ def test_steering_by_what_was_computed():
 
     with pytest.raises(Unfollowable, match="no scalar gives"):
         followed(body)
+
+
+def rows(lengths, x, out, buffer, numbers, semaphores, *, apart):
+    """Two copies under way to rows of a buffer that is seen as one list of rows, the same row or not."""
+    seen = buffer.reshape(16, COLUMNS)
+    copies = [
+        pltpu.make_async_copy(x.at[pl.ds(row, 1)], seen.at[pl.ds(7 + row * apart * lengths[0], 1)], semaphores.at[0])
+        for row in range(2)
+    ]
+    for one in copies:
+        one.start()
+    for one in copies:
+        one.wait()
+
+
+def test_rows_of_a_buffer_seen_as_another_shape():
+    followed(functools.partial(rows, apart=1))
+    with pytest.raises(Broken, match="touches, not waited for"):
+        followed(functools.partial(rows, apart=0))
+
+
+def test_out_of_bounds_of_what_is_seen():
+    with pytest.raises(Broken, match="out of bounds: element 19"):
+        followed(functools.partial(rows, apart=4))

@@ -91,9 +91,12 @@ def test_the_box_is_what_is_touched():
     assert views.view_of(shape, np.dtype(dtype), tuple(steps)).box == ((0, 5, 1), (3, 1, 1), (0, 2, 1), (0, 8, 1))
 
 
-def test_what_is_no_box_is_not_known():
-    with pytest.raises(NotImplementedError, match="no box"):
-        views.view_of((4, 6), np.dtype(np.float32), (("reshape", (24,)), ("index", ((3, 10, 1),))))
+def test_what_is_no_box_has_the_smallest_around_it():
+    view = views.view_of((4, 6), np.dtype(np.float32), (("reshape", (24,)), ("index", ((3, 10, 1),))))
+    assert view.box == ((0, 2, 1), (0, 6, 1))
+    x = np.arange(24, dtype=np.float32).reshape(4, 6)
+    assert view.read(x[boxed(view, x)]).tolist() == list(range(3, 10))
+    assert view.written(x[boxed(view, x)], np.zeros(7, np.float32)).reshape(-1).tolist() == [0, 1, 2, *[0] * 7, 10, 11]
 
 
 def test_out_of_bounds_is_an_error():
