@@ -4,7 +4,8 @@
 
 Every kernel gets the same problem (kernel.py's definitions with the shape's heads and lengths), compiler, chip and
 executor; only the stages that give figures run. tpu-inference is no dependency: `.venv/bin/python -m pip install
---no-deps tpu-inference` brings it, and without it its column says so. `--write DIR` leaves each judged file there.
+--no-deps --target .venv/peers tpu-inference` brings it; without it its lines say so. `--write DIR` leaves each judged
+file there.
 """
 
 import argparse

@@ -74,10 +74,9 @@ class Buffer:
             other = self.taken.overlapping(low, high)
         if other is not None:
             what = "writes" if writes else "reads"
-            where = f"{self.space}{list(self.shape)}[{', '.join(f'{a}:{b}' for a, b in zip(low, high, strict=True))}]"
-            raise Broken(
-                f"{place_of(place)} {what} {where}, part of which the copy of {place_of(other)}, not waited for, touches"
-            )
+            box = ", ".join(f"{a}:{b}" for a, b in zip(low, high, strict=True))
+            told = f"{what} {self.space}{list(self.shape)}[{box}]"
+            raise Broken(f"{place_of(place)} {told}, which the copy of {place_of(other)}, not waited for, touches")
 
     def at(self, low: Sequence[int]) -> int:
         return sum(a * b for a, b in zip(low, self.steps, strict=True))

@@ -1,6 +1,6 @@
 """vLLM's kernel (tpu-inference, RPA v3) as a kernel_fn of the contract, with the block sizes that it chooses itself.
 
-benchmarks/peers.py puts it in the place of ours, on the same problem; `pip install --no-deps tpu-inference` brings it.
+benchmarks/peers.py puts it in the place of ours, on the same problem; its docstring says how to install it.
 """
 
 import functools
