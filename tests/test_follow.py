@@ -62,7 +62,7 @@ def test_double_buffering():
 
 
 def test_a_wait_that_one_length_lacks():
-    with pytest.raises(Broken, match=r"test_follow.py:\d+ reads vmem.*, which the copy of test_follow.py:\d+, not waited for, touches"):
+    with pytest.raises(Broken, match=r"py:\d+ reads vmem.*, which the copy of test_follow.py:\d+, not waited for"):
         followed(functools.partial(pipelined, wait_early=lambda blocks: blocks != 2))
     lengths = np.where(LENGTHS == 2, 3, LENGTHS)
     followed(functools.partial(pipelined, wait_early=lambda blocks: blocks != 2), lengths)

@@ -7,7 +7,7 @@ CASES = [
         name="a semaphore out of balance",
         edits=(("            fetch_q.wait()\n", "            fetch_q.wait()\n            fetch_q.start()\n"),),
         status="FAIL_RACE",
-        reason="reads what the copy of",
+        reason=", which the copy of",
     ),
     Case(
         # The CPU clamps the index, the schedule's model would read what lies behind the lengths: no head to attend to.
