@@ -115,8 +115,7 @@ def _rpa_kernel(
         def _(token):
             new_token_copy(token).wait()
 
-        # 2. One query block at a time against all KV blocks.
-        num_kv_blocks = pl.cdiv(kv_len, bkv)
+        # 2. One query block at a time against the KV blocks that it sees.
         num_pages = pl.cdiv(kv_len, page_size)
 
         def for_each_page_copy(block, slot, do):
@@ -144,6 +143,7 @@ def _rpa_kernel(
             row_end = jnp.minimum(row_start + bq, q_end)
             # The last block of the array would read past its end: shift the window back and ignore the rows before.
             window = jnp.minimum(row_start, num_tokens - bq)
+            num_kv_blocks = pl.cdiv(kv_len - q_end + row_end, bkv)  # the last that a query of the block sees
 
             fetch_q = copy(q_hbm.at[pl.ds(window, bq)], q_vmem, io_sem)
             fetch_q.start()
