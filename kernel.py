@@ -41,6 +41,23 @@ def _align(size, multiple):
     return -(-size // multiple) * multiple
 
 
+def _split_kv(kv_vmem, slot, head):
+    """Keys and values ``[bkv, D]`` of one KV head, out of a block in the cache's layout ``[bkv, rows, pack, D]``.
+
+    A token's 32-bit words of one head lie a token's stride apart: strided loads pick them, two tokens' words at a time
+    so that shifts and masks alone make packed bfloat16 rows in token order.
+    """
+    _, bkv, rows, pack, head_dim = kv_vmem.shape
+    words = kv_vmem.bitcast(jnp.uint32).at[slot].reshape(bkv * rows, head_dim)
+    if pack == 1:
+        k, v = (words[pl.ds(2 * head + i, bkv, stride=rows), :] for i in (0, 1))
+        return pltpu.bitcast(k, jnp.float32), pltpu.bitcast(v, jnp.float32)
+    even, odd = (words[pl.ds(head + i * rows, bkv // 2, stride=2 * rows), :] for i in (0, 1))
+    k = (even & jnp.uint32(0xFFFF)) | (odd << 16)
+    v = (even >> 16) | (odd & jnp.uint32(0xFFFF0000))
+    return pltpu.bitcast(k, kv_vmem.dtype), pltpu.bitcast(v, kv_vmem.dtype)
+
+
 # --- the kernel -----------------------------------------------------------------------------------------------------
 
 
@@ -174,10 +191,7 @@ def _rpa_kernel(
                 @pl.loop(0, num_kv_heads)
                 def _(head):
                     q = q_rows_vmem[head]
-                    if pack == 1:
-                        k, v = kv_vmem[slot, :, 2 * head, 0, :], kv_vmem[slot, :, 2 * head + 1, 0, :]
-                    else:
-                        k, v = kv_vmem[slot, :, head, 0, :], kv_vmem[slot, :, head, 1, :]
+                    k, v = _split_kv(kv_vmem, slot, head)
                     v = jnp.where(cached, v, jnp.zeros_like(v))  # slots past kv_len may hold NaN
                     scores = jax.lax.dot_general(q, k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
                     scores = jnp.where(visible, scores * sm_scale, mask_value)
