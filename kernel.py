@@ -9,8 +9,10 @@ This is the plain version: one program per sequence, small tiles, the cache upda
 every KV block of the sequence visited by every query block. The faster ones are in the ledger.
 """
 
+import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +28,8 @@ PROBLEM_DESCRIPTION = (
 
 # Tunables: module-level constants that a search may rewrite, each to one of the values listed.
 Q_BLOCK_TOKENS = 128  # new tokens of one sequence in a query block
-KV_BLOCK_PAGES = 8  # pages in one double-buffered KV block
+KV_BLOCK_PAGES = 8  # pages in one KV block
+DECODE_BUFFERS = 2  # KV blocks of decodes in VMEM: one in work, the others on their way
 
 TUNABLES = {
     "Q_BLOCK_TOKENS": (1, 2, 4, 8, 16, 32, 64, 128, 256),
@@ -41,207 +44,404 @@ def _align(size, multiple):
     return -(-size // multiple) * multiple
 
 
-def _split_kv(kv_vmem, slot, head):
-    """Keys and values ``[bkv, D]`` of one KV head, out of a block in the cache's layout ``[bkv, rows, pack, D]``.
+def _keys(kv_ring, slot, head):
+    return _head_of(kv_ring, slot, head, 0)
+
+
+def _values(kv_ring, slot, head):
+    return _head_of(kv_ring, slot, head, 1)
+
+
+def _head_of(kv_ring, slot, head, is_value):
+    """Keys or values ``[bkv, D]`` of one KV head, out of a block in the cache's layout ``[bkv, rows, pack, D]``.
 
     A token's 32-bit words of one head lie a token's stride apart: strided loads pick them, two tokens' words at a time
     so that shifts and masks alone make packed bfloat16 rows in token order.
     """
-    _, bkv, rows, pack, head_dim = kv_vmem.shape
-    words = kv_vmem.bitcast(jnp.uint32).at[slot].reshape(bkv * rows, head_dim)
+    _, bkv, rows, pack, head_dim = kv_ring.shape
+    words = kv_ring.bitcast(jnp.uint32).at[slot].reshape(bkv * rows, head_dim)
     if pack == 1:
-        k, v = (words[pl.ds(2 * head + i, bkv, stride=rows), :] for i in (0, 1))
-        return pltpu.bitcast(k, jnp.float32), pltpu.bitcast(v, jnp.float32)
+        return pltpu.bitcast(words[pl.ds(2 * head + is_value, bkv, stride=rows), :], kv_ring.dtype)
     even, odd = (words[pl.ds(head + i * rows, bkv // 2, stride=2 * rows), :] for i in (0, 1))
-    k = (even & jnp.uint32(0xFFFF)) | (odd << 16)
-    v = (even >> 16) | (odd & jnp.uint32(0xFFFF0000))
-    return pltpu.bitcast(k, kv_vmem.dtype), pltpu.bitcast(v, kv_vmem.dtype)
+    if is_value:
+        both = (even >> 16) | (odd & jnp.uint32(0xFFFF0000))
+    else:
+        both = (even & jnp.uint32(0xFFFF)) | (odd << 16)
+    return pltpu.bitcast(both, kv_ring.dtype)
 
 
 # --- the kernel -----------------------------------------------------------------------------------------------------
 
 
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """What every part of the kernel needs: scalars in SMEM, operands and results in HBM, static figures."""
+
+    kv_lens: Any  # i32[S]
+    page_indices: Any  # i32[S * pages_per_seq]
+    cu_q_lens: Any  # i32[S + 1]
+    distribution: Any  # i32[3]: decode_end, prefill_end, total
+    q_hbm: Any  # [T, Hq, D]
+    new_kv_hbm: Any  # [T, 2 * Hkv / pack, pack, D]
+    o_hbm: Any  # [T, Hq, D]
+    cache_hbm: Any  # [P, page_size, 2 * Hkv / pack, pack, D]
+    sm_scale: float
+    mask_value: float
+    num_kv_heads: int
+
+    @property
+    def group(self):
+        return self.q_hbm.shape[1] // self.num_kv_heads
+
+    @property
+    def page_size(self):
+        return self.cache_hbm.shape[1]
+
+    def q_len(self, seq):
+        return self.cu_q_lens[seq + 1] - self.cu_q_lens[seq]
+
+    def token_slot(self, seq, position):
+        """Where the cache keeps one token of a sequence."""
+        page = self.page_of(seq, position // self.page_size)
+        return self.cache_hbm.at[page, jax.lax.rem(position, self.page_size)]
+
+    def page_of(self, seq, index):
+        return self.page_indices[seq * (self.page_indices.shape[0] // self.kv_lens.shape[0]) + index]
+
+    def next_with(self, wanted, seq):
+        """The first sequence from `seq` on whose number of new tokens is `wanted`, or the number of sequences."""
+        total = self.distribution[2]
+        last = jnp.maximum(total - 1, 0)
+        return jax.lax.while_loop(
+            lambda s: jnp.logical_and(s < total, jnp.logical_not(wanted(self.q_len(jnp.minimum(s, last))))),
+            lambda s: s + 1,
+            seq,
+        )
+
+
+def _for_pages(call, seq, block, kv_vmem, sem, do):
+    """`do(copy)` for each page of a KV block of a sequence that has cached tokens."""
+    bkv, page_size = kv_vmem.shape[0], call.page_size
+    first = block * (bkv // page_size)
+    num_pages = pl.cdiv(call.kv_lens[seq], page_size)
+
+    @pl.loop(0, jnp.minimum(bkv // page_size, num_pages - first))
+    def _(page):
+        target = kv_vmem.at[pl.ds(page * page_size, page_size)]
+        do(pltpu.make_async_copy(call.cache_hbm.at[call.page_of(seq, first + page)], target, sem))
+
+
+# --- decodes: sequences with one new token, a stream of KV blocks fetched ahead across sequences ----------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Decode:
+    """Buffers of the decode pass."""
+
+    q_ring: Any  # [buffers, Hq, D]: with the first KV block of its sequence
+    new_ring: Any  # [buffers, 2 * Hkv / pack, pack, D]: the new token's keys and values, the same
+    kv_ring: Any  # [buffers, bkv, 2 * Hkv / pack, pack, D]
+    q: Any  # [Hq, D]: the sequence in work
+    new: Any  # [2, 2 * Hkv / pack, pack, D]: on its way to the cache
+    o: Any  # [2, Hq, D]: on its way out
+    m: Any  # f32[Hq, 128]: running maximum of the scores
+    l: Any  # f32[Hq, 128]: running sum of exp(score - m)  # noqa: E741
+    acc: Any  # f32[Hq, D]: running numerator
+    ring_sems: Any  # DMA[buffers]
+    out_sems: Any  # DMA[2]
+
+    @property
+    def buffers(self):
+        return self.kv_ring.shape[0]
+
+    @property
+    def bkv(self):
+        return self.kv_ring.shape[1]
+
+
+def _decode_pass(call, d):
+    total = call.distribution[2]
+    is_decode = lambda q_len: q_len == 1  # noqa: E731
+
+    def for_copies(seq, block, slot, do):
+        @pl.when(block == 0)
+        def _():
+            row = call.cu_q_lens[seq]
+            do(pltpu.make_async_copy(call.q_hbm.at[row], d.q_ring.at[slot], d.ring_sems.at[slot]))
+            do(pltpu.make_async_copy(call.new_kv_hbm.at[row], d.new_ring.at[slot], d.ring_sems.at[slot]))
+
+        _for_pages(call, seq, block, d.kv_ring.at[slot], d.ring_sems.at[slot], do)
+
+    def fetch_next(ahead):
+        """Starts the fetch of the block at `ahead` = (sequence, block, slot), if there is one; the one after it."""
+        seq, block, slot = ahead
+
+        @pl.when(seq < total)
+        def _():
+            for_copies(seq, block, slot, lambda copy: copy.start())
+
+        last = block + 1 >= pl.cdiv(call.kv_lens[jnp.minimum(seq, jnp.maximum(total - 1, 0))], d.bkv)
+        after = call.next_with(is_decode, jnp.where(last, jnp.minimum(seq + 1, total), seq))
+        return after, jnp.where(last, 0, block + 1), jax.lax.rem(slot + 1, d.buffers)
+
+    def for_results(seq, parity, do):
+        do(pltpu.make_async_copy(d.o.at[parity], call.o_hbm.at[call.cu_q_lens[seq]], d.out_sems.at[parity]))
+        slot = call.token_slot(seq, call.kv_lens[seq] - 1)
+        do(pltpu.make_async_copy(d.new.at[parity], slot, d.out_sems.at[parity]))
+
+    def attend_sequence(state):
+        seq, slot, ahead, count, before, before_that = state
+        parity = jax.lax.rem(count, 2)
+
+        @pl.when(count >= 2)
+        def _():
+            for_results(before_that, parity, lambda copy: copy.wait())
+
+        last = pl.cdiv(call.kv_lens[seq], d.bkv) - 1
+
+        def step(block, carry):
+            slot, ahead = carry
+            ahead = fetch_next(ahead)
+            for_copies(seq, block, slot, lambda copy: copy.wait())
+            pl.when(block == 0)(lambda: _begin_decode(call, d, slot, parity))
+            pl.when(block < last)(lambda: _decode_block(call, d, slot, None))
+
+            @pl.when(block == last)
+            def _():
+                tokens = call.kv_lens[seq] - block * d.bkv
+                d.kv_ring[slot, tokens - 1] = d.new[parity]
+                _decode_block(call, d, slot, tokens)
+
+            return jax.lax.rem(slot + 1, d.buffers), ahead
+
+        slot, ahead = jax.lax.fori_loop(0, last + 1, step, (slot, ahead))
+        d.o[parity] = (d.acc[...] / d.l[:, :1]).astype(d.o.dtype)
+        for_results(seq, parity, lambda copy: copy.start())
+        return call.next_with(is_decode, seq + 1), slot, ahead, count + 1, seq, before
+
+    first = call.next_with(is_decode, jnp.int32(0))
+    ahead = (first, jnp.int32(0), jnp.int32(0))
+    for _ in range(d.buffers - 1):
+        ahead = fetch_next(ahead)
+    zero = jnp.int32(0)
+    state = jax.lax.while_loop(
+        lambda state: state[0] < total, attend_sequence, (first, zero, ahead, zero, zero, zero)
+    )
+    _, _, _, count, before, before_that = state
+    for back, seq in ((1, before), (2, before_that)):
+        pl.when(count >= back)(lambda: for_results(seq, jax.lax.rem(count - back, 2), lambda copy: copy.wait()))
+
+
+def _begin_decode(call, d, slot, parity):
+    d.q[...] = d.q_ring[slot]
+    d.new[parity] = d.new_ring[slot]
+    d.m[...] = jnp.full_like(d.m, call.mask_value)
+    d.l[...] = jnp.zeros_like(d.l)
+    d.acc[...] = jnp.zeros_like(d.acc)
+
+
+def _decode_block(call, d, slot, tokens):
+    """All query heads against one KV block, of which `tokens` count (None: all).
+
+    Every KV head's keys meet all query rows, since the MXU takes as long for one row as for its fill of weights; each
+    row keeps the result of its own head.
+    """
+    q = d.q[...]
+    head_of_row = jax.lax.broadcasted_iota(jnp.int32, (q.shape[0], 1), 0) // call.group
+    scores = None
+    for head in range(call.num_kv_heads):
+        k = _keys(d.kv_ring, slot, head)
+        of_head = jax.lax.dot_general(q, k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+        scores = of_head if head == 0 else jnp.where(head_of_row == head, of_head, scores)
+    scores = scores * call.sm_scale
+    if tokens is not None:
+        column = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+        scores = jnp.where(column < tokens, scores, call.mask_value)
+    m_old = d.m[:, :1]
+    m_new = jnp.maximum(m_old, jnp.max(scores, axis=1, keepdims=True))
+    p = jnp.exp(scores - m_new)
+    alpha = jnp.exp(m_old - m_new)
+    l_new = alpha * d.l[:, :1] + jnp.sum(p, axis=1, keepdims=True)
+    pv = None
+    for head in range(call.num_kv_heads):
+        v = _values(d.kv_ring, slot, head)
+        if tokens is not None:  # slots past the end may hold NaN
+            cached = jax.lax.broadcasted_iota(jnp.int32, v.shape, 0) < tokens
+            v = jnp.where(cached, v, jnp.zeros_like(v))
+        of_head = jnp.dot(p.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        pv = of_head if head == 0 else jnp.where(head_of_row == head, of_head, pv)
+    d.acc[...] = alpha * d.acc[...] + pv
+    d.m[...] = jnp.broadcast_to(m_new, d.m.shape)
+    d.l[...] = jnp.broadcast_to(l_new, d.l.shape)
+
+
+# --- prefills: sequences with more new tokens, a block of queries at a time -------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prefill:
+    """Buffers of the prefill pass."""
+
+    q: Any  # [bq, Hq, D]
+    q_rows: Any  # [Hkv, bq * g, D]: the same by KV head
+    o: Any  # [bq, Hq, D]
+    kv: Any  # [2, bkv, 2 * Hkv / pack, pack, D]
+    m: Any  # f32[Hkv, bq * g, 128]: running maximum of the scores, the same in every lane
+    l: Any  # f32[Hkv, bq * g, 128]: running sum of exp(score - m)  # noqa: E741
+    acc: Any  # f32[Hkv, bq * g, D]: running numerator
+    kv_sems: Any  # DMA[2], one per KV buffer
+    io_sem: Any  # DMA: queries, outputs, cache update
+
+
+def _prefill_pass(call, b):
+    @pl.loop(0, call.distribution[2])
+    def _(seq):
+        @pl.when(call.q_len(seq) > 1)
+        def _():
+            _write_new_tokens(call, seq, b.io_sem)
+            pl.loop(0, pl.cdiv(call.q_len(seq), b.q.shape[0]))(lambda q_block: _attend_q_block(call, b, seq, q_block))
+
+
+def _write_new_tokens(call, seq, sem):
+    """Every new token's keys and values go to their slot; attention reads them back from the cache."""
+    q_start, q_len, kv_len = call.cu_q_lens[seq], call.q_len(seq), call.kv_lens[seq]
+
+    def copy(token):
+        slot = call.token_slot(seq, kv_len - q_len + token)
+        return pltpu.make_async_copy(call.new_kv_hbm.at[q_start + token], slot, sem)
+
+    pl.loop(0, q_len)(lambda token: copy(token).start())
+    pl.loop(0, q_len)(lambda token: copy(token).wait())
+
+
+def _attend_q_block(call, b, seq, q_block):
+    bq, _, head_dim = b.q.shape
+    bkv, group = b.kv.shape[1], call.group
+    num_tokens = call.q_hbm.shape[0]
+    q_start, q_end, kv_len = call.cu_q_lens[seq], call.cu_q_lens[seq + 1], call.kv_lens[seq]
+    row_start = q_start + q_block * bq
+    row_end = jnp.minimum(row_start + bq, q_end)
+    # The last block of the array would read past its end: shift the window back and ignore the rows before.
+    window = jnp.minimum(row_start, num_tokens - bq)
+    num_kv_blocks = pl.cdiv(kv_len - q_end + row_end, bkv)  # the last that a query of the block sees
+
+    def for_pages(block, slot, do):
+        _for_pages(call, seq, block, b.kv.at[slot], b.kv_sems.at[slot], do)
+
+    fetch_q = pltpu.make_async_copy(call.q_hbm.at[pl.ds(window, bq)], b.q, b.io_sem)
+    fetch_q.start()
+    for_pages(0, 0, lambda copy: copy.start())
+    b.m[...] = jnp.full_like(b.m, call.mask_value)
+    b.l[...] = jnp.zeros_like(b.l)
+    b.acc[...] = jnp.zeros_like(b.acc)
+    fetch_q.wait()
+    for head in range(call.num_kv_heads):
+        b.q_rows[head] = b.q[:, head * group : (head + 1) * group, :].reshape(bq * group, head_dim)
+
+    @pl.loop(0, num_kv_blocks)
+    def _(block):
+        slot = jax.lax.rem(block, 2)
+
+        @pl.when(block + 1 < num_kv_blocks)
+        def _():
+            for_pages(block + 1, 1 - slot, lambda copy: copy.start())
+
+        for_pages(block, slot, lambda copy: copy.wait())
+        _prefill_block(call, b, slot, kv_len - q_end + window - block * bkv, kv_len - block * bkv)
+
+    for head in range(call.num_kv_heads):
+        out = b.acc[head] / b.l[head][:, :1]
+        b.o[:, head * group : (head + 1) * group, :] = out.reshape(bq, group, head_dim).astype(b.o.dtype)
+    _store_rows(call, b, window, row_start, row_end)
+
+
+def _prefill_block(call, b, slot, first_row, tokens):
+    """A block of queries, the first at position `first_row` of a KV block that holds `tokens` cached tokens."""
+    bq, _, head_dim = b.q.shape
+    bkv, group = b.kv.shape[1], call.group
+    rows = jax.lax.broadcasted_iota(jnp.int32, (bq * group, bkv), 0) // group
+    columns = jax.lax.broadcasted_iota(jnp.int32, (bq * group, bkv), 1)
+    visible = columns <= first_row + rows
+    cached = jax.lax.broadcasted_iota(jnp.int32, (bkv, head_dim), 0) < tokens
+
+    @pl.loop(0, call.num_kv_heads)
+    def _(head):
+        k, v = _keys(b.kv, slot, head), _values(b.kv, slot, head)
+        v = jnp.where(cached, v, jnp.zeros_like(v))  # slots past kv_len may hold NaN
+        scores = jax.lax.dot_general(
+            b.q_rows[head], k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+        )
+        scores = jnp.where(visible, scores * call.sm_scale, call.mask_value)
+        m_old = b.m[head][:, :1]
+        m_new = jnp.maximum(m_old, jnp.max(scores, axis=1, keepdims=True))
+        p = jnp.exp(scores - m_new)
+        alpha = jnp.exp(m_old - m_new)
+        l_new = alpha * b.l[head][:, :1] + jnp.sum(p, axis=1, keepdims=True)
+        pv = jnp.dot(p.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        b.acc[head] = alpha * b.acc[head] + pv
+        b.m[head] = jnp.broadcast_to(m_new, (bq * group, LANES))
+        b.l[head] = jnp.broadcast_to(l_new, (bq * group, LANES))
+
+
+def _store_rows(call, b, window, row_start, row_end):
+    """A block that is all this sequence's own goes out whole, any other row by row."""
+    bq = b.o.shape[0]
+    whole = jnp.logical_and(window == row_start, row_end - row_start == bq)
+
+    @pl.when(whole)
+    def _():
+        store = pltpu.make_async_copy(b.o, call.o_hbm.at[pl.ds(window, bq)], b.io_sem)
+        store.start()
+        store.wait()
+
+    @pl.when(jnp.logical_not(whole))
+    def _():
+        def copy(row):
+            return pltpu.make_async_copy(b.o.at[row - window], call.o_hbm.at[row], b.io_sem)
+
+        pl.loop(row_start, row_end)(lambda row: copy(row).start())
+        pl.loop(row_start, row_end)(lambda row: copy(row).wait())
+
+
+def _zero_padding(call, b):
+    """Rows past the last sequence are padding: zeros, so that the output is a function of the inputs."""
+    b.o[0] = jnp.zeros_like(b.o[0])
+
+    @pl.loop(call.cu_q_lens[call.distribution[2]], call.q_hbm.shape[0])
+    def _(row):
+        zero = pltpu.make_async_copy(b.o.at[0], call.o_hbm.at[row], b.io_sem)
+        zero.start()
+        zero.wait()
+
+
 def _rpa_kernel(
     # scalars, prefetched into SMEM
-    kv_lens_ref,  # i32[S]
-    page_indices_ref,  # i32[S * pages_per_seq]
-    cu_q_lens_ref,  # i32[S + 1]
-    distribution_ref,  # i32[3]: decode_end, prefill_end, total
+    kv_lens_ref,
+    page_indices_ref,
+    cu_q_lens_ref,
+    distribution_ref,
     # operands in HBM
-    q_hbm,  # [T, Hq, D]
-    new_kv_hbm,  # [T, 2 * Hkv / pack, pack, D]
+    q_hbm,
+    new_kv_hbm,
     _cache_in_hbm,  # the same buffer as cache_hbm
     # results in HBM
-    o_hbm,  # [T, Hq, D]
-    cache_hbm,  # [P, page_size, 2 * Hkv / pack, pack, D]
+    o_hbm,
+    cache_hbm,
     # scratch
-    q_vmem,  # [bq, Hq, D]
-    q_rows_vmem,  # [Hkv, bq * g, D]: the same by KV head
-    o_vmem,  # [bq, Hq, D]
-    kv_vmem,  # [2, bkv, 2 * Hkv / pack, pack, D]
-    m_vmem,  # f32[Hkv, bq * g, 128]: running maximum of the scores, the same in every lane
-    l_vmem,  # f32[Hkv, bq * g, 128]: running sum of exp(score - m)
-    acc_vmem,  # f32[Hkv, bq * g, D]: running numerator
-    kv_sems,  # DMA[2], one per KV buffer
-    io_sem,  # DMA: queries, outputs, cache update
+    decode_scratch,
+    prefill_scratch,
     *,
     sm_scale,
     mask_value,
     num_kv_heads,
 ):
-    num_tokens = q_hbm.shape[0]
-    page_size = cache_hbm.shape[1]
-    pack = cache_hbm.shape[3]
-    bq, num_q_heads, head_dim = q_vmem.shape
-    bkv = kv_vmem.shape[1]
-    pages_per_block = bkv // page_size
-    group = num_q_heads // num_kv_heads
-    max_num_seqs = kv_lens_ref.shape[0]
-    pages_per_seq = page_indices_ref.shape[0] // max_num_seqs
-
-    seq = pl.program_id(0)
-    total = distribution_ref[2]
-
-    def copy(src, dst, sem):
-        return pltpu.make_async_copy(src, dst, sem)
-
-    def attend_sequence():
-        q_start = cu_q_lens_ref[seq]
-        q_end = cu_q_lens_ref[seq + 1]
-        q_len = q_end - q_start
-        kv_len = kv_lens_ref[seq]
-        first_page = seq * pages_per_seq
-
-        def page_of(index):
-            return page_indices_ref[first_page + index]
-
-        # 1. Every new token's keys and values go to their slot; attention reads them back from the cache.
-        def new_token_copy(token):
-            position = kv_len - q_len + token
-            return copy(
-                new_kv_hbm.at[q_start + token],
-                cache_hbm.at[page_of(position // page_size), position % page_size],
-                io_sem,
-            )
-
-        @pl.loop(0, q_len)
-        def _(token):
-            new_token_copy(token).start()
-
-        @pl.loop(0, q_len)
-        def _(token):
-            new_token_copy(token).wait()
-
-        # 2. One query block at a time against the KV blocks that it sees.
-        num_pages = pl.cdiv(kv_len, page_size)
-
-        def for_each_page_copy(block, slot, do):
-            first = block * pages_per_block
-
-            @pl.loop(0, jnp.minimum(pages_per_block, num_pages - first))
-            def _(page):
-                do(
-                    copy(
-                        cache_hbm.at[page_of(first + page)],
-                        kv_vmem.at[slot, pl.ds(page * page_size, page_size)],
-                        kv_sems.at[slot],
-                    )
-                )
-
-        def start_fetch(block, slot):
-            for_each_page_copy(block, slot, lambda dma: dma.start())
-
-        def wait_fetch(block, slot):
-            for_each_page_copy(block, slot, lambda dma: dma.wait())
-
-        @pl.loop(0, pl.cdiv(q_len, bq))
-        def _(q_block):
-            row_start = q_start + q_block * bq
-            row_end = jnp.minimum(row_start + bq, q_end)
-            # The last block of the array would read past its end: shift the window back and ignore the rows before.
-            window = jnp.minimum(row_start, num_tokens - bq)
-            num_kv_blocks = pl.cdiv(kv_len - q_end + row_end, bkv)  # the last that a query of the block sees
-
-            fetch_q = copy(q_hbm.at[pl.ds(window, bq)], q_vmem, io_sem)
-            fetch_q.start()
-            start_fetch(0, 0)
-            m_vmem[...] = jnp.full_like(m_vmem, mask_value)
-            l_vmem[...] = jnp.zeros_like(l_vmem)
-            acc_vmem[...] = jnp.zeros_like(acc_vmem)
-            fetch_q.wait()
-            for head in range(num_kv_heads):
-                q_rows_vmem[head] = q_vmem[:, head * group : (head + 1) * group, :].reshape(bq * group, head_dim)
-
-            @pl.loop(0, num_kv_blocks)
-            def _(block):
-                slot = jax.lax.rem(block, 2)
-
-                @pl.when(block + 1 < num_kv_blocks)
-                def _():
-                    start_fetch(block + 1, 1 - slot)
-
-                wait_fetch(block, slot)
-
-                rows = jax.lax.broadcasted_iota(jnp.int32, (bq * group, bkv), 0) // group
-                columns = jax.lax.broadcasted_iota(jnp.int32, (bq * group, bkv), 1) + block * bkv
-                q_positions = kv_len - q_len + window - q_start + rows
-                visible = columns <= q_positions
-                cached = jax.lax.broadcasted_iota(jnp.int32, (bkv, head_dim), 0) + block * bkv < kv_len
-
-                @pl.loop(0, num_kv_heads)
-                def _(head):
-                    q = q_rows_vmem[head]
-                    k, v = _split_kv(kv_vmem, slot, head)
-                    v = jnp.where(cached, v, jnp.zeros_like(v))  # slots past kv_len may hold NaN
-                    scores = jax.lax.dot_general(q, k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-                    scores = jnp.where(visible, scores * sm_scale, mask_value)
-                    m_old = m_vmem[head][:, :1]
-                    m_new = jnp.maximum(m_old, jnp.max(scores, axis=1, keepdims=True))
-                    p = jnp.exp(scores - m_new)
-                    alpha = jnp.exp(m_old - m_new)
-                    l_new = alpha * l_vmem[head][:, :1] + jnp.sum(p, axis=1, keepdims=True)
-                    pv = jax.lax.dot_general(
-                        p.astype(v.dtype), v, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32
-                    )
-                    acc_vmem[head] = alpha * acc_vmem[head] + pv
-                    m_vmem[head] = jnp.broadcast_to(m_new, (bq * group, LANES))
-                    l_vmem[head] = jnp.broadcast_to(l_new, (bq * group, LANES))
-
-            for head in range(num_kv_heads):
-                out = acc_vmem[head] / l_vmem[head][:, :1]
-                o_vmem[:, head * group : (head + 1) * group, :] = out.reshape(bq, group, head_dim).astype(o_vmem.dtype)
-
-            # A block that is all this sequence's own goes out whole, any other row by row.
-            whole = jnp.logical_and(window == row_start, row_end - row_start == bq)
-
-            @pl.when(whole)
-            def _():
-                store = copy(o_vmem, o_hbm.at[pl.ds(window, bq)], io_sem)
-                store.start()
-                store.wait()
-
-            @pl.when(jnp.logical_not(whole))
-            def _():
-                @pl.loop(row_start, row_end)
-                def _(row):
-                    copy(o_vmem.at[row - window], o_hbm.at[row], io_sem).start()
-
-                @pl.loop(row_start, row_end)
-                def _(row):
-                    copy(o_vmem.at[row - window], o_hbm.at[row], io_sem).wait()
-
-    pl.when(seq < total)(attend_sequence)
-
-    # 3. Rows past the last sequence are padding: zeros, so that the output is a function of the inputs.
-    @pl.when(seq == max_num_seqs - 1)
-    def _():
-        o_vmem[0] = jnp.zeros_like(o_vmem[0])
-
-        @pl.loop(cu_q_lens_ref[total], num_tokens)
-        def _(row):
-            zero = copy(o_vmem.at[0], o_hbm.at[row], io_sem)
-            zero.start()
-            zero.wait()
+    call = _Call(
+        kv_lens_ref, page_indices_ref, cu_q_lens_ref, distribution_ref, q_hbm, new_kv_hbm, o_hbm, cache_hbm,
+        sm_scale, mask_value, num_kv_heads,
+    )
+    _decode_pass(call, _Decode(*decode_scratch))
+    _prefill_pass(call, _Prefill(*prefill_scratch))
+    _zero_padding(call, _Prefill(*prefill_scratch))
 
 
 def ragged_paged_attention(
@@ -324,7 +524,6 @@ def ragged_paged_attention(
     num_tokens, num_q_heads, head_dim = queries.shape
     num_kv_heads = keys.shape[1]
     _, page_size, kv_rows, pack, padded_dim = kv_cache.shape
-    max_num_seqs = kv_lens.shape[0]
     out_dtype = queries.dtype if out_dtype is None else out_dtype
     mask_value = DEFAULT_MASK_VALUE if mask_value is None else mask_value
     if not math.isfinite(mask_value):
@@ -345,19 +544,34 @@ def ragged_paged_attention(
         functools.partial(_rpa_kernel, sm_scale=sm_scale, mask_value=mask_value, num_kv_heads=num_kv_heads),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
-            grid=(max_num_seqs,),
+            grid=(1,),
             in_specs=[hbm, hbm, hbm],
             out_specs=[hbm, hbm],
             scratch_shapes=[
-                pltpu.VMEM((bq, num_q_heads, padded_dim), q.dtype),
-                pltpu.VMEM((num_kv_heads, bq * group, padded_dim), q.dtype),
-                pltpu.VMEM((bq, num_q_heads, padded_dim), out_dtype),
-                pltpu.VMEM((2, bkv, kv_rows, pack, padded_dim), kv_cache.dtype),
-                pltpu.VMEM((num_kv_heads, bq * group, LANES), jnp.float32),
-                pltpu.VMEM((num_kv_heads, bq * group, LANES), jnp.float32),
-                pltpu.VMEM((num_kv_heads, bq * group, padded_dim), jnp.float32),
-                pltpu.SemaphoreType.DMA((2,)),
-                pltpu.SemaphoreType.DMA,
+                (
+                    pltpu.VMEM((DECODE_BUFFERS, num_q_heads, padded_dim), q.dtype),
+                    pltpu.VMEM((DECODE_BUFFERS, kv_rows, pack, padded_dim), kv_cache.dtype),
+                    pltpu.VMEM((DECODE_BUFFERS, bkv, kv_rows, pack, padded_dim), kv_cache.dtype),
+                    pltpu.VMEM((num_q_heads, padded_dim), q.dtype),
+                    pltpu.VMEM((2, kv_rows, pack, padded_dim), kv_cache.dtype),
+                    pltpu.VMEM((2, num_q_heads, padded_dim), out_dtype),
+                    pltpu.VMEM((num_q_heads, LANES), jnp.float32),
+                    pltpu.VMEM((num_q_heads, LANES), jnp.float32),
+                    pltpu.VMEM((num_q_heads, padded_dim), jnp.float32),
+                    pltpu.SemaphoreType.DMA((DECODE_BUFFERS,)),
+                    pltpu.SemaphoreType.DMA((2,)),
+                ),
+                (
+                    pltpu.VMEM((bq, num_q_heads, padded_dim), q.dtype),
+                    pltpu.VMEM((num_kv_heads, bq * group, padded_dim), q.dtype),
+                    pltpu.VMEM((bq, num_q_heads, padded_dim), out_dtype),
+                    pltpu.VMEM((2, bkv, kv_rows, pack, padded_dim), kv_cache.dtype),
+                    pltpu.VMEM((num_kv_heads, bq * group, LANES), jnp.float32),
+                    pltpu.VMEM((num_kv_heads, bq * group, LANES), jnp.float32),
+                    pltpu.VMEM((num_kv_heads, bq * group, padded_dim), jnp.float32),
+                    pltpu.SemaphoreType.DMA((2,)),
+                    pltpu.SemaphoreType.DMA,
+                ),
             ],
         ),
         out_shape=[
