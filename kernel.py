@@ -283,12 +283,12 @@ class _Prefill:
     """Buffers of the prefill pass."""
 
     q: Any  # [bq, Hq, D]
-    q_rows: Any  # [Hkv, bq * g, D]: the same by KV head
+    q_rows: Any  # [Hq, bq, D]: the same by head
     o: Any  # [bq, Hq, D]
     kv: Any  # [2, bkv, 2 * Hkv / pack, pack, D]
-    m: Any  # f32[Hkv, bq * g, 128]: running maximum of the scores, the same in every lane
-    l: Any  # f32[Hkv, bq * g, 128]: running sum of exp(score - m)  # noqa: E741
-    acc: Any  # f32[Hkv, bq * g, D]: running numerator
+    m: Any  # f32[Hq, bq, 128]: running maximum of the scores, the same in every lane
+    l: Any  # f32[Hq, bq, 128]: running sum of exp(score - m), a row over its lanes  # noqa: E741
+    acc: Any  # f32[Hq, bq, D]: running numerator
     kv_sems: Any  # DMA[2], one per KV buffer
     io_sem: Any  # DMA: queries, outputs, cache update
 
@@ -315,8 +315,8 @@ def _write_new_tokens(call, seq, sem):
 
 
 def _attend_q_block(call, b, seq, q_block):
-    bq, _, head_dim = b.q.shape
-    bkv, group = b.kv.shape[1], call.group
+    bq, num_q_heads, _ = b.q.shape
+    bkv = b.kv.shape[1]
     num_tokens = call.q_hbm.shape[0]
     q_start, q_end, kv_len = call.cu_q_lens[seq], call.cu_q_lens[seq + 1], call.kv_lens[seq]
     row_start = q_start + q_block * bq
@@ -335,8 +335,8 @@ def _attend_q_block(call, b, seq, q_block):
     b.l[...] = jnp.zeros_like(b.l)
     b.acc[...] = jnp.zeros_like(b.acc)
     fetch_q.wait()
-    for head in range(call.num_kv_heads):
-        b.q_rows[head] = b.q[:, head * group : (head + 1) * group, :].reshape(bq * group, head_dim)
+    for head in range(num_q_heads):
+        b.q_rows[head] = b.q[:, head, :]
 
     @pl.loop(0, num_kv_blocks)
     def _(block):
@@ -350,37 +350,71 @@ def _attend_q_block(call, b, seq, q_block):
         _prefill_block(call, b, slot, kv_len - q_end + window - block * bkv, kv_len - block * bkv)
 
     for head in range(call.num_kv_heads):
-        out = b.acc[head] / b.l[head][:, :1]
-        b.o[:, head * group : (head + 1) * group, :] = out.reshape(bq, group, head_dim).astype(b.o.dtype)
+        of_group = []
+        for i in range(head * call.group, (head + 1) * call.group):
+            of_group.append(b.acc[i] / jnp.sum(b.l[i], axis=1, keepdims=True))
+        out = jnp.stack(of_group, axis=1).astype(b.o.dtype)
+        b.o[:, head * call.group : (head + 1) * call.group, :] = out
     _store_rows(call, b, window, row_start, row_end)
 
 
 def _prefill_block(call, b, slot, first_row, tokens):
-    """A block of queries, the first at position `first_row` of a KV block that holds `tokens` cached tokens."""
-    bq, _, head_dim = b.q.shape
-    bkv, group = b.kv.shape[1], call.group
-    rows = jax.lax.broadcasted_iota(jnp.int32, (bq * group, bkv), 0) // group
-    columns = jax.lax.broadcasted_iota(jnp.int32, (bq * group, bkv), 1)
-    visible = columns <= first_row + rows
-    cached = jax.lax.broadcasted_iota(jnp.int32, (bkv, head_dim), 0) < tokens
+    """A block of queries, the first at position `first_row` of a KV block that holds `tokens` cached tokens.
+
+    Only what straddles the diagonal is masked, LANES keys at a time; what no query sees is left out.
+    """
+    bq, bkv = b.q.shape[0], b.kv.shape[1]
+    whole = first_row >= bkv - 1
+    pl.when(whole)(lambda: _prefill_keys(call, b, slot, 0, bkv, None))
+
+    @pl.when(jnp.logical_not(whole))
+    def _():
+        for start in range(0, bkv, LANES):
+            width = min(LANES, bkv - start)
+            masked = (first_row - start, tokens - start)
+            pl.when(start < first_row + bq)(lambda: _prefill_keys(call, b, slot, start, width, masked))  # noqa: B023
+
+
+def _prefill_keys(call, b, slot, start, width, masked):
+    """All queries against `width` keys of a KV block; `masked` as (first_row, tokens) where they may not see them."""
+    bq = b.q.shape[0]
 
     @pl.loop(0, call.num_kv_heads)
-    def _(head):
-        k, v = _keys(b.kv, slot, head), _values(b.kv, slot, head)
-        v = jnp.where(cached, v, jnp.zeros_like(v))  # slots past kv_len may hold NaN
-        scores = jax.lax.dot_general(
-            b.q_rows[head], k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-        )
-        scores = jnp.where(visible, scores * call.sm_scale, call.mask_value)
-        m_old = b.m[head][:, :1]
-        m_new = jnp.maximum(m_old, jnp.max(scores, axis=1, keepdims=True))
-        p = jnp.exp(scores - m_new)
-        alpha = jnp.exp(m_old - m_new)
-        l_new = alpha * b.l[head][:, :1] + jnp.sum(p, axis=1, keepdims=True)
-        pv = jnp.dot(p.astype(v.dtype), v, preferred_element_type=jnp.float32)
-        b.acc[head] = alpha * b.acc[head] + pv
-        b.m[head] = jnp.broadcast_to(m_new, (bq * group, LANES))
-        b.l[head] = jnp.broadcast_to(l_new, (bq * group, LANES))
+    def _(kv_head):
+        k, v = (_head_of(b.kv, slot, kv_head, i)[start : start + width] for i in (0, 1))
+        if masked:
+            first_row, tokens = masked
+            v = jnp.where(jax.lax.broadcasted_iota(jnp.int32, v.shape, 0) < tokens, v, jnp.zeros_like(v))
+            rows = jax.lax.broadcasted_iota(jnp.int32, (bq, width), 0)
+            visible = jax.lax.broadcasted_iota(jnp.int32, (bq, width), 1) <= first_row + rows
+        for i in range(call.group):
+            head = kv_head * call.group + i
+            scores = jax.lax.dot_general(
+                b.q_rows[head], k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+            )
+            scores = scores * call.sm_scale
+            if masked:
+                scores = jnp.where(visible, scores, call.mask_value)
+            m_old = b.m[head]
+            m_new = jnp.maximum(m_old, jnp.max(scores, axis=1, keepdims=True))
+            p = jnp.exp(scores - _lanes(m_new, width))
+            alpha = jnp.exp(m_old - m_new)
+            pv = jnp.dot(p.astype(v.dtype), v, preferred_element_type=jnp.float32)
+            b.m[head] = m_new
+            b.l[head] = alpha * b.l[head] + _lane_sums(p)
+            b.acc[head] = _lanes(alpha, pv.shape[1]) * b.acc[head] + pv
+
+
+def _lanes(x, width):
+    """`x` whose LANES lanes of a row are equal, as `width` lanes."""
+    return x[:, :width] if width <= LANES else jnp.concatenate([x] * (width // LANES), axis=1)
+
+
+def _lane_sums(x):
+    """Sums over the lanes `i`, `i + LANES`, … of each row: their sum is the row's, and no lane is crossed."""
+    if x.shape[1] % LANES:
+        x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % LANES)))
+    return sum(x[:, i : i + LANES] for i in range(0, x.shape[1], LANES))
 
 
 def _store_rows(call, b, window, row_start, row_end):
@@ -538,7 +572,6 @@ def ragged_paged_attention(
 
     bq = min(Q_BLOCK_TOKENS, num_tokens)
     bkv = KV_BLOCK_PAGES * page_size
-    group = num_q_heads // num_kv_heads
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     out, new_cache = pl.pallas_call(
         functools.partial(_rpa_kernel, sm_scale=sm_scale, mask_value=mask_value, num_kv_heads=num_kv_heads),
@@ -563,12 +596,12 @@ def ragged_paged_attention(
                 ),
                 (
                     pltpu.VMEM((bq, num_q_heads, padded_dim), q.dtype),
-                    pltpu.VMEM((num_kv_heads, bq * group, padded_dim), q.dtype),
+                    pltpu.VMEM((num_q_heads, bq, padded_dim), q.dtype),
                     pltpu.VMEM((bq, num_q_heads, padded_dim), out_dtype),
                     pltpu.VMEM((2, bkv, kv_rows, pack, padded_dim), kv_cache.dtype),
-                    pltpu.VMEM((num_kv_heads, bq * group, LANES), jnp.float32),
-                    pltpu.VMEM((num_kv_heads, bq * group, LANES), jnp.float32),
-                    pltpu.VMEM((num_kv_heads, bq * group, padded_dim), jnp.float32),
+                    pltpu.VMEM((num_q_heads, bq, LANES), jnp.float32),
+                    pltpu.VMEM((num_q_heads, bq, LANES), jnp.float32),
+                    pltpu.VMEM((num_q_heads, bq, padded_dim), jnp.float32),
                     pltpu.SemaphoreType.DMA((2,)),
                     pltpu.SemaphoreType.DMA,
                 ),
