@@ -63,11 +63,39 @@ def _head_of(kv_ring, slot, head, is_value):
     if pack == 1:
         return pltpu.bitcast(words[pl.ds(2 * head + is_value, bkv, stride=rows), :], kv_ring.dtype)
     even, odd = (words[pl.ds(head + i * rows, bkv // 2, stride=2 * rows), :] for i in (0, 1))
-    if is_value:
-        both = (even >> 16) | (odd & jnp.uint32(0xFFFF0000))
-    else:
-        both = (even & jnp.uint32(0xFFFF)) | (odd << 16)
-    return pltpu.bitcast(both, kv_ring.dtype)
+    return pltpu.bitcast((_high_halves if is_value else _low_halves)(even, odd), kv_ring.dtype)
+
+
+def _interleave(call, k, v, words):
+    """New keys and values ``[n, Hkv, D]`` in the cache's layout: `words` ``u32[n * rows, D]``."""
+    num_tokens, num_heads, head_dim = k.shape
+    rows = words.shape[0] // num_tokens
+    if k.dtype.itemsize == 4:
+        for head in range(call.num_kv_heads):
+            for i, ref in enumerate((k, v)):
+                words[pl.ds(2 * head + i, num_tokens, stride=rows), :] = pltpu.bitcast(ref[:, head, :], jnp.uint32)
+        return
+    for pair in range(num_heads // 2):
+        k2, v2 = (ref.bitcast(jnp.uint32).reshape(num_tokens * num_heads // 2, head_dim) for ref in (k, v))
+        pairs = pl.ds(pair, num_tokens, stride=num_heads // 2)
+        k2, v2 = k2[pairs, :], v2[pairs, :]
+        words[pl.ds(2 * pair, num_tokens, stride=rows), :] = _low_halves(k2, v2)
+        if 2 * pair + 1 < call.num_kv_heads:
+            words[pl.ds(2 * pair + 1, num_tokens, stride=rows), :] = _high_halves(k2, v2)
+
+
+def _low_halves(low, high):
+    return (low & jnp.uint32(0xFFFF)) | (high << 16)
+
+
+def _high_halves(low, high):
+    return (low >> 16) | (high & jnp.uint32(0xFFFF0000))
+
+
+def _as_cache(words, cache_hbm):
+    """`words` as tokens ``[n, rows, pack, D]`` of the cache's layout and type; to read only."""
+    _, _, rows, pack, head_dim = cache_hbm.shape
+    return words.bitcast(cache_hbm.dtype).reshape(words.shape[-2] // rows, rows, pack, head_dim)
 
 
 # --- the kernel -----------------------------------------------------------------------------------------------------
@@ -82,7 +110,8 @@ class _Call:
     cu_q_lens: Any  # i32[S + 1]
     distribution: Any  # i32[3]: decode_end, prefill_end, total
     q_hbm: Any  # [T, Hq, D]
-    new_kv_hbm: Any  # [T, 2 * Hkv / pack, pack, D]
+    k_hbm: Any  # [T, Hkv, D], Hkv even where two of them share a word
+    v_hbm: Any  # [T, Hkv, D]
     o_hbm: Any  # [T, Hq, D]
     cache_hbm: Any  # [P, page_size, 2 * Hkv / pack, pack, D]
     sm_scale: float
@@ -100,10 +129,10 @@ class _Call:
     def q_len(self, seq):
         return self.cu_q_lens[seq + 1] - self.cu_q_lens[seq]
 
-    def token_slot(self, seq, position):
-        """Where the cache keeps one token of a sequence."""
+    def slots(self, seq, position, count):
+        """Where the cache keeps `count` tokens of one page of a sequence."""
         page = self.page_of(seq, position // self.page_size)
-        return self.cache_hbm.at[page, jax.lax.rem(position, self.page_size)]
+        return self.cache_hbm.at[page, pl.ds(jax.lax.rem(position, self.page_size), count)]
 
     def page_of(self, seq, index):
         return self.page_indices[seq * (self.page_indices.shape[0] // self.kv_lens.shape[0]) + index]
@@ -139,10 +168,11 @@ class _Decode:
     """Buffers of the decode pass."""
 
     q_ring: Any  # [buffers, Hq, D]: with the first KV block of its sequence
-    new_ring: Any  # [buffers, 2 * Hkv / pack, pack, D]: the new token's keys and values, the same
+    k_ring: Any  # [buffers, 1, Hkv, D]: the new token's keys, the same
+    v_ring: Any  # [buffers, 1, Hkv, D]
     kv_ring: Any  # [buffers, bkv, 2 * Hkv / pack, pack, D]
     q: Any  # [Hq, D]: the sequence in work
-    new: Any  # [2, 2 * Hkv / pack, pack, D]: on its way to the cache
+    new: Any  # u32[2, rows, D]: the new token's keys and values on their way to the cache
     o: Any  # [2, Hq, D]: on its way out
     m: Any  # f32[Hq, 128]: running maximum of the scores
     l: Any  # f32[Hq, 128]: running sum of exp(score - m)  # noqa: E741
@@ -168,7 +198,8 @@ def _decode_pass(call, d):
         def _():
             row = call.cu_q_lens[seq]
             do(pltpu.make_async_copy(call.q_hbm.at[row], d.q_ring.at[slot], d.ring_sems.at[slot]))
-            do(pltpu.make_async_copy(call.new_kv_hbm.at[row], d.new_ring.at[slot], d.ring_sems.at[slot]))
+            for hbm, ring in ((call.k_hbm, d.k_ring), (call.v_hbm, d.v_ring)):
+                do(pltpu.make_async_copy(hbm.at[pl.ds(row, 1)], ring.at[slot], d.ring_sems.at[slot]))
 
         _for_pages(call, seq, block, d.kv_ring.at[slot], d.ring_sems.at[slot], do)
 
@@ -186,8 +217,8 @@ def _decode_pass(call, d):
 
     def for_results(seq, parity, do):
         do(pltpu.make_async_copy(d.o.at[parity], call.o_hbm.at[call.cu_q_lens[seq]], d.out_sems.at[parity]))
-        slot = call.token_slot(seq, call.kv_lens[seq] - 1)
-        do(pltpu.make_async_copy(d.new.at[parity], slot, d.out_sems.at[parity]))
+        slots = call.slots(seq, call.kv_lens[seq] - 1, 1)
+        do(pltpu.make_async_copy(_as_cache(d.new.at[parity], call.cache_hbm), slots, d.out_sems.at[parity]))
 
     def attend_sequence(state):
         seq, slot, ahead, count, before, before_that = state
@@ -209,7 +240,7 @@ def _decode_pass(call, d):
             @pl.when(block == last)
             def _():
                 tokens = call.kv_lens[seq] - block * d.bkv
-                d.kv_ring[slot, tokens - 1] = d.new[parity]
+                d.kv_ring[slot, tokens - 1] = _as_cache(d.new.at[parity], call.cache_hbm)[0]
                 _decode_block(call, d, slot, tokens)
 
             return jax.lax.rem(slot + 1, d.buffers), ahead
@@ -234,7 +265,7 @@ def _decode_pass(call, d):
 
 def _begin_decode(call, d, slot, parity):
     d.q[...] = d.q_ring[slot]
-    d.new[parity] = d.new_ring[slot]
+    _interleave(call, d.k_ring.at[slot], d.v_ring.at[slot], d.new.at[parity])
     d.m[...] = jnp.full_like(d.m, call.mask_value)
     d.l[...] = jnp.zeros_like(d.l)
     d.acc[...] = jnp.zeros_like(d.acc)
@@ -284,13 +315,17 @@ class _Prefill:
 
     q: Any  # [bq, Hq, D]
     q_rows: Any  # [Hq, bq, D]: the same by head
+    k: Any  # [bq, Hkv, D]: the same tokens' new keys
+    v: Any  # [bq, Hkv, D]
+    new: Any  # u32[bq * rows, D]: the same in the cache's layout
     o: Any  # [bq, Hq, D]
     kv: Any  # [2, bkv, 2 * Hkv / pack, pack, D]
     m: Any  # f32[Hq, bq, 128]: running maximum of the scores, the same in every lane
     l: Any  # f32[Hq, bq, 128]: running sum of exp(score - m), a row over its lanes  # noqa: E741
     acc: Any  # f32[Hq, bq, D]: running numerator
     kv_sems: Any  # DMA[2], one per KV buffer
-    io_sem: Any  # DMA: queries, outputs, cache update
+    io_sem: Any  # DMA: queries, keys, values, outputs
+    new_sem: Any  # DMA: cache update
 
 
 def _prefill_pass(call, b):
@@ -298,20 +333,27 @@ def _prefill_pass(call, b):
     def _(seq):
         @pl.when(call.q_len(seq) > 1)
         def _():
-            _write_new_tokens(call, seq, b.io_sem)
             pl.loop(0, pl.cdiv(call.q_len(seq), b.q.shape[0]))(lambda q_block: _attend_q_block(call, b, seq, q_block))
 
 
-def _write_new_tokens(call, seq, sem):
-    """Every new token's keys and values go to their slot; attention reads them back from the cache."""
-    q_start, q_len, kv_len = call.cu_q_lens[seq], call.q_len(seq), call.kv_lens[seq]
+def _for_new_tokens(call, b, seq, position, count, offset, do):
+    """`do(copy)` of `count` tokens, the first at `position` of the sequence, from `b.new` on to the cache.
 
-    def copy(token):
-        slot = call.token_slot(seq, kv_len - q_len + token)
-        return pltpu.make_async_copy(call.new_kv_hbm.at[q_start + token], slot, sem)
+    A page that is all new goes whole, any other token by token.
+    """
+    new, page_size = _as_cache(b.new, call.cache_hbm), call.page_size
 
-    pl.loop(0, q_len)(lambda token: copy(token).start())
-    pl.loop(0, q_len)(lambda token: copy(token).wait())
+    def copy(start, tokens):
+        source = new.at[pl.ds(offset + start - position, tokens)]
+        do(pltpu.make_async_copy(source, call.slots(seq, start, tokens), b.new_sem))
+
+    @pl.loop(position // page_size, pl.cdiv(position + count, page_size))
+    def _(page):
+        first = jnp.maximum(position, page * page_size)
+        end = jnp.minimum(position + count, (page + 1) * page_size)
+        whole = end - first == page_size
+        pl.when(whole)(lambda: copy(first, page_size))
+        pl.when(jnp.logical_not(whole))(lambda: pl.loop(first, end)(lambda token: copy(token, 1)))
 
 
 def _attend_q_block(call, b, seq, q_block):
@@ -323,18 +365,30 @@ def _attend_q_block(call, b, seq, q_block):
     row_end = jnp.minimum(row_start + bq, q_end)
     # The last block of the array would read past its end: shift the window back and ignore the rows before.
     window = jnp.minimum(row_start, num_tokens - bq)
-    num_kv_blocks = pl.cdiv(kv_len - q_end + row_end, bkv)  # the last that a query of the block sees
+    position = kv_len - q_end + row_start  # of the first new token
+    end = kv_len - q_end + row_end  # what a query of the block sees is before it
+    num_kv_blocks = pl.cdiv(end, bkv)
 
     def for_pages(block, slot, do):
         _for_pages(call, seq, block, b.kv.at[slot], b.kv_sems.at[slot], do)
 
-    fetch_q = pltpu.make_async_copy(call.q_hbm.at[pl.ds(window, bq)], b.q, b.io_sem)
-    fetch_q.start()
+    def for_new_tokens(do):
+        _for_new_tokens(call, b, seq, position, row_end - row_start, row_start - window, do)
+
+    inputs = [
+        pltpu.make_async_copy(hbm.at[pl.ds(window, bq)], vmem, b.io_sem)
+        for hbm, vmem in ((call.q_hbm, b.q), (call.k_hbm, b.k), (call.v_hbm, b.v))
+    ]
+    for copy in inputs:
+        copy.start()
     for_pages(0, 0, lambda copy: copy.start())
     b.m[...] = jnp.full_like(b.m, call.mask_value)
     b.l[...] = jnp.zeros_like(b.l)
     b.acc[...] = jnp.zeros_like(b.acc)
-    fetch_q.wait()
+    for copy in inputs:
+        copy.wait()
+    _interleave(call, b.k, b.v, b.new)
+    for_new_tokens(lambda copy: copy.start())
     for head in range(num_q_heads):
         b.q_rows[head] = b.q[:, head, :]
 
@@ -347,6 +401,12 @@ def _attend_q_block(call, b, seq, q_block):
             for_pages(block + 1, 1 - slot, lambda copy: copy.start())
 
         for_pages(block, slot, lambda copy: copy.wait())
+
+        # What this block of queries brings itself is on its way to the cache only.
+        @pl.loop(jnp.maximum(position, block * bkv), jnp.minimum(end, (block + 1) * bkv))
+        def _(token):
+            b.kv[slot, token - block * bkv] = _as_cache(b.new, call.cache_hbm)[token - position + row_start - window]
+
         _prefill_block(call, b, slot, kv_len - q_end + window - block * bkv, kv_len - block * bkv)
 
     for head in range(call.num_kv_heads):
@@ -356,6 +416,7 @@ def _attend_q_block(call, b, seq, q_block):
         out = jnp.stack(of_group, axis=1).astype(b.o.dtype)
         b.o[:, head * call.group : (head + 1) * call.group, :] = out
     _store_rows(call, b, window, row_start, row_end)
+    for_new_tokens(lambda copy: copy.wait())
 
 
 def _prefill_block(call, b, slot, first_row, tokens):
@@ -456,7 +517,8 @@ def _rpa_kernel(
     distribution_ref,
     # operands in HBM
     q_hbm,
-    new_kv_hbm,
+    k_hbm,
+    v_hbm,
     _cache_in_hbm,  # the same buffer as cache_hbm
     # results in HBM
     o_hbm,
@@ -470,7 +532,7 @@ def _rpa_kernel(
     num_kv_heads,
 ):
     call = _Call(
-        kv_lens_ref, page_indices_ref, cu_q_lens_ref, distribution_ref, q_hbm, new_kv_hbm, o_hbm, cache_hbm,
+        kv_lens_ref, page_indices_ref, cu_q_lens_ref, distribution_ref, q_hbm, k_hbm, v_hbm, o_hbm, cache_hbm,
         sm_scale, mask_value, num_kv_heads,
     )
     _decode_pass(call, _Decode(*decode_scratch))
@@ -565,10 +627,8 @@ def ragged_paged_attention(
 
     pad_dim = ((0, 0), (0, 0), (0, padded_dim - head_dim))
     q = jnp.pad(queries, pad_dim).astype(kv_cache.dtype)
-    new_kv = jnp.stack([jnp.pad(keys, pad_dim), jnp.pad(values, pad_dim)], axis=2)
-    new_kv = new_kv.reshape(num_tokens, 2 * num_kv_heads, padded_dim)
-    new_kv = jnp.pad(new_kv, ((0, 0), (0, kv_rows * pack - 2 * num_kv_heads), (0, 0)))
-    new_kv = new_kv.reshape(num_tokens, kv_rows, pack, padded_dim)
+    pad_kv = ((0, 0), (0, -num_kv_heads % pack), (0, padded_dim - head_dim))
+    keys, values = jnp.pad(keys, pad_kv), jnp.pad(values, pad_kv)
 
     bq = min(Q_BLOCK_TOKENS, num_tokens)
     bkv = KV_BLOCK_PAGES * page_size
@@ -578,15 +638,16 @@ def ragged_paged_attention(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(1,),
-            in_specs=[hbm, hbm, hbm],
+            in_specs=[hbm, hbm, hbm, hbm],
             out_specs=[hbm, hbm],
             scratch_shapes=[
                 (
                     pltpu.VMEM((DECODE_BUFFERS, num_q_heads, padded_dim), q.dtype),
-                    pltpu.VMEM((DECODE_BUFFERS, kv_rows, pack, padded_dim), kv_cache.dtype),
+                    pltpu.VMEM((DECODE_BUFFERS, 1, *keys.shape[1:]), kv_cache.dtype),
+                    pltpu.VMEM((DECODE_BUFFERS, 1, *keys.shape[1:]), kv_cache.dtype),
                     pltpu.VMEM((DECODE_BUFFERS, bkv, kv_rows, pack, padded_dim), kv_cache.dtype),
                     pltpu.VMEM((num_q_heads, padded_dim), q.dtype),
-                    pltpu.VMEM((2, kv_rows, pack, padded_dim), kv_cache.dtype),
+                    pltpu.VMEM((2, kv_rows, padded_dim), jnp.uint32),
                     pltpu.VMEM((2, num_q_heads, padded_dim), out_dtype),
                     pltpu.VMEM((num_q_heads, LANES), jnp.float32),
                     pltpu.VMEM((num_q_heads, LANES), jnp.float32),
@@ -597,12 +658,16 @@ def ragged_paged_attention(
                 (
                     pltpu.VMEM((bq, num_q_heads, padded_dim), q.dtype),
                     pltpu.VMEM((num_q_heads, bq, padded_dim), q.dtype),
+                    pltpu.VMEM((bq, *keys.shape[1:]), kv_cache.dtype),
+                    pltpu.VMEM((bq, *keys.shape[1:]), kv_cache.dtype),
+                    pltpu.VMEM((bq * kv_rows, padded_dim), jnp.uint32),
                     pltpu.VMEM((bq, num_q_heads, padded_dim), out_dtype),
                     pltpu.VMEM((2, bkv, kv_rows, pack, padded_dim), kv_cache.dtype),
                     pltpu.VMEM((num_q_heads, bq, LANES), jnp.float32),
                     pltpu.VMEM((num_q_heads, bq, LANES), jnp.float32),
                     pltpu.VMEM((num_q_heads, bq, padded_dim), jnp.float32),
                     pltpu.SemaphoreType.DMA((2,)),
+                    pltpu.SemaphoreType.DMA,
                     pltpu.SemaphoreType.DMA,
                 ),
             ],
@@ -611,12 +676,12 @@ def ragged_paged_attention(
             jax.ShapeDtypeStruct((num_tokens, num_q_heads, padded_dim), out_dtype),
             jax.ShapeDtypeStruct(kv_cache.shape, kv_cache.dtype),
         ],
-        input_output_aliases={6: 1},
+        input_output_aliases={7: 1},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary",), vmem_limit_bytes=vmem_limit_bytes, disable_bounds_checks=True
         ),
         name=KERNEL_NAME,
-    )(kv_lens, page_indices, cu_q_lens, distribution, q, new_kv, kv_cache)
+    )(kv_lens, page_indices, cu_q_lens, distribution, q, keys, values, kv_cache)
     return out[:, :, :head_dim], new_cache
 
 
