@@ -28,7 +28,7 @@ PROBLEM_DESCRIPTION = (
 
 # Tunables: module-level constants that a search may rewrite, each to one of the values listed.
 Q_BLOCK_TOKENS = 128  # new tokens of one sequence in a query block
-KV_BLOCK_PAGES = 8  # pages in one KV block
+KV_BLOCK_PAGES = 16  # pages in one KV block
 DECODE_BUFFERS = 2  # KV blocks of decodes in VMEM: one in work, the others on their way
 
 TUNABLES = {
@@ -59,7 +59,7 @@ def _head_of(kv_ring, slot, head, is_value):
     so that shifts and masks alone make packed bfloat16 rows in token order.
     """
     _, bkv, rows, pack, head_dim = kv_ring.shape
-    words = kv_ring.bitcast(jnp.uint32).at[slot].reshape(bkv * rows, head_dim)
+    words = kv_ring.at[slot].bitcast(jnp.uint32).reshape(bkv * rows, head_dim)
     if pack == 1:
         return pltpu.bitcast(words[pl.ds(2 * head + is_value, bkv, stride=rows), :], kv_ring.dtype)
     even, odd = (words[pl.ds(head + i * rows, bkv // 2, stride=2 * rows), :] for i in (0, 1))
@@ -314,15 +314,17 @@ class _Prefill:
     """Buffers of the prefill pass."""
 
     q: Any  # [bq, Hq, D]
-    q_rows: Any  # [Hq, bq, D]: the same by head
+    q_rows: Any  # [Hkv, g * bq, D]: the same by head
     k: Any  # [bq, Hkv, D]: the same tokens' new keys
     v: Any  # [bq, Hkv, D]
     new: Any  # u32[bq * rows, D]: the same in the cache's layout
     o: Any  # [bq, Hq, D]
     kv: Any  # [2, bkv, 2 * Hkv / pack, pack, D]
-    m: Any  # f32[Hq, bq, 128]: running maximum of the scores, the same in every lane
-    l: Any  # f32[Hq, bq, 128]: running sum of exp(score - m), a row over its lanes  # noqa: E741
-    acc: Any  # f32[Hq, bq, D]: running numerator
+    m: Any  # f32[Hkv, g * bq, 128]: running maximum of the scores, the same in every lane
+    l: Any  # f32[Hkv, g * bq, 128]: running sum of exp(score - m), a row over its lanes  # noqa: E741
+    acc: Any  # f32[Hkv, g * bq, D]: running numerator
+    s0: Any  # f32[g * bq, bkv]: scores of a head
+    s1: Any  # f32[g * bq, bkv]: scores of the next
     kv_sems: Any  # DMA[2], one per KV buffer
     io_sem: Any  # DMA: queries, keys, values, outputs
     new_sem: Any  # DMA: cache update
@@ -357,7 +359,7 @@ def _for_new_tokens(call, b, seq, position, count, offset, do):
 
 
 def _attend_q_block(call, b, seq, q_block):
-    bq, num_q_heads, _ = b.q.shape
+    bq, num_q_heads, head_dim = b.q.shape
     bkv = b.kv.shape[1]
     num_tokens = call.q_hbm.shape[0]
     q_start, q_end, kv_len = call.cu_q_lens[seq], call.cu_q_lens[seq + 1], call.kv_lens[seq]
@@ -390,7 +392,8 @@ def _attend_q_block(call, b, seq, q_block):
     _interleave(call, b.k, b.v, b.new)
     for_new_tokens(lambda copy: copy.start())
     for head in range(num_q_heads):
-        b.q_rows[head] = b.q[:, head, :]
+        rows = pl.ds(head % call.group * bq, bq)
+        b.q_rows[head // call.group, rows] = b.q[:, head, :]
 
     @pl.loop(0, num_kv_blocks)
     def _(block):
@@ -410,10 +413,8 @@ def _attend_q_block(call, b, seq, q_block):
         _prefill_block(call, b, slot, kv_len - q_end + window - block * bkv, kv_len - block * bkv)
 
     for head in range(call.num_kv_heads):
-        of_group = []
-        for i in range(head * call.group, (head + 1) * call.group):
-            of_group.append(b.acc[i] / jnp.sum(b.l[i], axis=1, keepdims=True))
-        out = jnp.stack(of_group, axis=1).astype(b.o.dtype)
+        out = b.acc[head] / jnp.sum(b.l[head], axis=1, keepdims=True)
+        out = out.reshape(call.group, bq, head_dim).swapaxes(0, 1).astype(b.o.dtype)
         b.o[:, head * call.group : (head + 1) * call.group, :] = out
     _store_rows(call, b, window, row_start, row_end)
     for_new_tokens(lambda copy: copy.wait())
@@ -438,32 +439,39 @@ def _prefill_block(call, b, slot, first_row, tokens):
 
 def _prefill_keys(call, b, slot, start, width, masked):
     """All queries against `width` keys of a KV block; `masked` as (first_row, tokens) where they may not see them."""
-    bq = b.q.shape[0]
 
-    @pl.loop(0, call.num_kv_heads)
-    def _(kv_head):
-        k, v = (_head_of(b.kv, slot, kv_head, i)[start : start + width] for i in (0, 1))
-        if masked:
-            first_row, tokens = masked
-            v = jnp.where(jax.lax.broadcasted_iota(jnp.int32, v.shape, 0) < tokens, v, jnp.zeros_like(v))
-            rows = jax.lax.broadcasted_iota(jnp.int32, (bq, width), 0)
-            visible = jax.lax.broadcasted_iota(jnp.int32, (bq, width), 1) <= first_row + rows
-        for i in range(call.group):
-            head = kv_head * call.group + i
-            scores = jax.lax.dot_general(
-                b.q_rows[head], k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-            )
-            scores = scores * call.sm_scale
-            if masked:
-                scores = jnp.where(visible, scores, call.mask_value)
-            m_old = b.m[head]
-            m_new = jnp.maximum(m_old, jnp.max(scores, axis=1, keepdims=True))
-            p = jnp.exp(scores - _lanes(m_new, width))
-            alpha = jnp.exp(m_old - m_new)
-            pv = jnp.dot(p.astype(v.dtype), v, preferred_element_type=jnp.float32)
-            b.m[head] = m_new
-            b.l[head] = alpha * b.l[head] + _lane_sums(p)
-            b.acc[head] = _lanes(alpha, pv.shape[1]) * b.acc[head] + pv
+    buffers = (b.s0, b.s1)
+    _score(call, b, slot, 0, start, width, b.s0)
+    for head in range(call.num_kv_heads):
+        if head + 1 < call.num_kv_heads:
+            _score(call, b, slot, head + 1, start, width, buffers[(head + 1) % 2])
+        _weigh(call, b, slot, head, start, width, buffers[head % 2], masked)
+
+
+def _score(call, b, slot, head, start, width, scores):
+    k = _head_of(b.kv, slot, head, 0)[start : start + width]
+    scores[:, :width] = jax.lax.dot_general(
+        b.q_rows[head], k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+    )
+
+
+def _weigh(call, b, slot, head, start, width, scores, masked):
+    bq = b.q.shape[0]
+    v = _head_of(b.kv, slot, head, 1)[start : start + width]
+    s = scores[:, :width] * call.sm_scale
+    if masked:
+        first_row, tokens = masked
+        v = jnp.where(jax.lax.broadcasted_iota(jnp.int32, v.shape, 0) < tokens, v, jnp.zeros_like(v))
+        rows = jax.lax.rem(jax.lax.broadcasted_iota(jnp.int32, s.shape, 0), bq)
+        s = jnp.where(jax.lax.broadcasted_iota(jnp.int32, s.shape, 1) <= first_row + rows, s, call.mask_value)
+    m_old = b.m[head]
+    m_new = jnp.maximum(m_old, jnp.max(s, axis=1, keepdims=True))
+    p = jnp.exp(s - _lanes(m_new, width))
+    alpha = jnp.exp(m_old - m_new)
+    pv = jnp.dot(p.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    b.m[head] = m_new
+    b.l[head] = alpha * b.l[head] + _lane_sums(p)
+    b.acc[head] = _lanes(alpha, pv.shape[1]) * b.acc[head] + pv
 
 
 def _lanes(x, width):
@@ -632,6 +640,7 @@ def ragged_paged_attention(
 
     bq = min(Q_BLOCK_TOKENS, num_tokens)
     bkv = KV_BLOCK_PAGES * page_size
+    group = num_q_heads // num_kv_heads
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     out, new_cache = pl.pallas_call(
         functools.partial(_rpa_kernel, sm_scale=sm_scale, mask_value=mask_value, num_kv_heads=num_kv_heads),
@@ -657,15 +666,17 @@ def ragged_paged_attention(
                 ),
                 (
                     pltpu.VMEM((bq, num_q_heads, padded_dim), q.dtype),
-                    pltpu.VMEM((num_q_heads, bq, padded_dim), q.dtype),
+                    pltpu.VMEM((num_kv_heads, group * bq, padded_dim), q.dtype),
                     pltpu.VMEM((bq, *keys.shape[1:]), kv_cache.dtype),
                     pltpu.VMEM((bq, *keys.shape[1:]), kv_cache.dtype),
                     pltpu.VMEM((bq * kv_rows, padded_dim), jnp.uint32),
                     pltpu.VMEM((bq, num_q_heads, padded_dim), out_dtype),
                     pltpu.VMEM((2, bkv, kv_rows, pack, padded_dim), kv_cache.dtype),
-                    pltpu.VMEM((num_q_heads, bq, LANES), jnp.float32),
-                    pltpu.VMEM((num_q_heads, bq, LANES), jnp.float32),
-                    pltpu.VMEM((num_q_heads, bq, padded_dim), jnp.float32),
+                    pltpu.VMEM((num_kv_heads, group * bq, LANES), jnp.float32),
+                    pltpu.VMEM((num_kv_heads, group * bq, LANES), jnp.float32),
+                    pltpu.VMEM((num_kv_heads, group * bq, padded_dim), jnp.float32),
+                    pltpu.VMEM((group * bq, bkv), jnp.float32),
+                    pltpu.VMEM((group * bq, bkv), jnp.float32),
                     pltpu.SemaphoreType.DMA((2,)),
                     pltpu.SemaphoreType.DMA,
                     pltpu.SemaphoreType.DMA,
@@ -678,7 +689,7 @@ def ragged_paged_attention(
         ],
         input_output_aliases={7: 1},
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary",), vmem_limit_bytes=vmem_limit_bytes, disable_bounds_checks=True
+            dimension_semantics=("arbitrary",), vmem_limit_bytes=vmem_limit_bytes or 64 * 2**20, disable_bounds_checks=True
         ),
         name=KERNEL_NAME,
     )(kv_lens, page_indices, cu_q_lens, distribution, q, keys, values, kv_cache)
