@@ -84,6 +84,16 @@ def _interleave(call, k, v, words):
             words[pl.ds(2 * pair + 1, num_tokens, stride=rows), :] = _high_halves(k2, v2)
 
 
+def _query_rows(q, head):
+    """Rows ``[bq, D]`` of one head, out of queries ``[bq, Hq, D]``."""
+    bq, num_heads, head_dim = q.shape
+    if q.dtype.itemsize == 4 or bq % 2:
+        return q[:, head, :]
+    words = q.bitcast(jnp.uint32).reshape(bq * num_heads // 2, head_dim)
+    even, odd = (words[pl.ds((head + i * num_heads) // 2, bq // 2, stride=num_heads), :] for i in (0, 1))
+    return pltpu.bitcast((_high_halves if head % 2 else _low_halves)(even, odd), q.dtype)
+
+
 def _low_halves(low, high):
     return (low & jnp.uint32(0xFFFF)) | (high << 16)
 
@@ -313,12 +323,12 @@ def _decode_block(call, d, slot, tokens):
 class _Prefill:
     """Buffers of the prefill pass."""
 
-    q: Any  # [bq, Hq, D]
-    q_rows: Any  # [Hkv, g * bq, D]: the same by head
-    k: Any  # [bq, Hkv, D]: the same tokens' new keys
-    v: Any  # [bq, Hkv, D]
-    new: Any  # u32[bq * rows, D]: the same in the cache's layout
-    o: Any  # [bq, Hq, D]
+    q: Any  # [2, bq, Hq, D]: of the item in work and of the following one
+    k: Any  # [2, bq, Hkv, D]: the same tokens' new keys
+    v: Any  # [2, bq, Hkv, D]
+    q_rows: Any  # [Hkv, g * bq, D]: the item's queries by head
+    new: Any  # u32[bq * rows, D]: the item's keys and values in the cache's layout
+    o: Any  # u32[bq * Hq * out bytes / 4, D]: [bq, Hq, D] of the output's type
     kv: Any  # [2, bkv, 2 * Hkv / pack, pack, D]
     m: Any  # f32[Hkv, g * bq, 128]: running maximum of the scores, the same in every lane
     l: Any  # f32[Hkv, g * bq, 128]: running sum of exp(score - m), a row over its lanes  # noqa: E741
@@ -326,98 +336,182 @@ class _Prefill:
     s0: Any  # f32[g * bq, bkv]: scores of a head
     s1: Any  # f32[g * bq, bkv]: scores of the next
     kv_sems: Any  # DMA[2], one per KV buffer
-    io_sem: Any  # DMA: queries, keys, values, outputs
+    in_sems: Any  # DMA[2]: queries, keys, values
     new_sem: Any  # DMA: cache update
+    out_sem: Any  # DMA: output
+
+
+@dataclasses.dataclass(frozen=True)
+class _Item:
+    """A block of one sequence's queries: rows ``row_start:row_end`` of the batch, from token `position` on.
+
+    The last block of the batch would read past its end: its window is shifted back and the rows before are ignored.
+    """
+
+    seq: Any
+    row_start: Any
+    row_end: Any
+    window: Any
+    position: Any
+
+    @property
+    def end(self):
+        """What a query of the block sees is before this position."""
+        return self.position + self.row_end - self.row_start
+
+    @property
+    def skipped(self):
+        return self.row_start - self.window
+
+
+def _item(call, b, seq, q_block):
+    bq = b.q.shape[1]
+    row_start = call.cu_q_lens[seq] + q_block * bq
+    q_end = call.cu_q_lens[seq + 1]
+    window = jnp.minimum(row_start, call.q_hbm.shape[0] - bq)
+    return _Item(seq, row_start, jnp.minimum(row_start + bq, q_end), window, call.kv_lens[seq] - q_end + row_start)
 
 
 def _prefill_pass(call, b):
-    @pl.loop(0, call.distribution[2])
-    def _(seq):
-        @pl.when(call.q_len(seq) > 1)
-        def _():
-            pl.loop(0, pl.cdiv(call.q_len(seq), b.q.shape[0]))(lambda q_block: _attend_q_block(call, b, seq, q_block))
+    """One block of queries after the other; what the next one needs first is fetched while one is in work."""
+    total = call.distribution[2]
+
+    def is_prefill(q_len):
+        return q_len > 1
+
+    def attend(state):
+        seq, q_block, slot, parity, before = state
+        item = _item(call, b, seq, q_block)
+        last = item.row_end == call.cu_q_lens[seq + 1]
+        next_seq = call.next_with(is_prefill, jnp.where(last, seq + 1, seq))
+        next_block = jnp.where(last, 0, q_block + 1)
+        following = _item(call, b, jnp.minimum(next_seq, call.kv_lens.shape[0] - 1), next_block)
+        for_there = functools.partial(pl.when, next_seq < total)
+
+        _for_inputs(call, b, item, parity, lambda copy: copy.wait())
+        for_there()(lambda: _for_inputs(call, b, following, 1 - parity, lambda copy: copy.start()))
+        _begin_item(call, b, item, parity)
+
+        def start_following(slot):
+            _for_new_tokens(call, b, item, lambda copy: copy.wait())  # the following item may read them
+            for_there()(lambda: _for_pages(call, following.seq, 0, b.kv.at[slot], b.kv_sems.at[slot], _start))
+
+        slot = _attend_item(call, b, item, slot, start_following)
+        pl.when(before[0] >= 0)(lambda: _for_rows(call, b, _item(call, b, *before), lambda copy: copy.wait()))
+        for head in range(0, call.q_hbm.shape[1], 4 // call.o_hbm.dtype.itemsize):
+            _finish_heads(call, b, head)
+        _for_rows(call, b, item, lambda copy: copy.start())
+        return next_seq, next_block, slot, 1 - parity, (seq, q_block)
+
+    zero = jnp.int32(0)
+    first = call.next_with(is_prefill, zero)
+
+    @pl.when(first < total)
+    def _():
+        item = _item(call, b, first, 0)
+        _for_inputs(call, b, item, 0, _start)
+        _for_pages(call, first, 0, b.kv.at[0], b.kv_sems.at[0], _start)
+
+    none = jnp.int32(-1)
+    *_, before = jax.lax.while_loop(
+        lambda state: state[0] < total, attend, (first, zero, zero, zero, (none, zero))
+    )
+    pl.when(before[0] >= 0)(lambda: _for_rows(call, b, _item(call, b, *before), lambda copy: copy.wait()))
 
 
-def _for_new_tokens(call, b, seq, position, count, offset, do):
-    """`do(copy)` of `count` tokens, the first at `position` of the sequence, from `b.new` on to the cache.
+def _start(copy):
+    copy.start()
+
+
+def _for_inputs(call, b, item, parity, do):
+    bq = b.q.shape[1]
+    for hbm, vmem in ((call.q_hbm, b.q), (call.k_hbm, b.k), (call.v_hbm, b.v)):
+        do(pltpu.make_async_copy(hbm.at[pl.ds(item.window, bq)], vmem.at[parity], b.in_sems.at[parity]))
+
+
+def _for_new_tokens(call, b, item, do):
+    """`do(copy)` of the item's new tokens from `b.new` on to the cache.
 
     A page that is all new goes whole, any other token by token.
     """
     new, page_size = _as_cache(b.new, call.cache_hbm), call.page_size
 
     def copy(start, tokens):
-        source = new.at[pl.ds(offset + start - position, tokens)]
-        do(pltpu.make_async_copy(source, call.slots(seq, start, tokens), b.new_sem))
+        source = new.at[pl.ds(item.skipped + start - item.position, tokens)]
+        do(pltpu.make_async_copy(source, call.slots(item.seq, start, tokens), b.new_sem))
 
-    @pl.loop(position // page_size, pl.cdiv(position + count, page_size))
+    @pl.loop(item.position // page_size, pl.cdiv(item.end, page_size))
     def _(page):
-        first = jnp.maximum(position, page * page_size)
-        end = jnp.minimum(position + count, (page + 1) * page_size)
+        first = jnp.maximum(item.position, page * page_size)
+        end = jnp.minimum(item.end, (page + 1) * page_size)
         whole = end - first == page_size
         pl.when(whole)(lambda: copy(first, page_size))
         pl.when(jnp.logical_not(whole))(lambda: pl.loop(first, end)(lambda token: copy(token, 1)))
 
 
-def _attend_q_block(call, b, seq, q_block):
-    bq, num_q_heads, head_dim = b.q.shape
-    bkv = b.kv.shape[1]
-    num_tokens = call.q_hbm.shape[0]
-    q_start, q_end, kv_len = call.cu_q_lens[seq], call.cu_q_lens[seq + 1], call.kv_lens[seq]
-    row_start = q_start + q_block * bq
-    row_end = jnp.minimum(row_start + bq, q_end)
-    # The last block of the array would read past its end: shift the window back and ignore the rows before.
-    window = jnp.minimum(row_start, num_tokens - bq)
-    position = kv_len - q_end + row_start  # of the first new token
-    end = kv_len - q_end + row_end  # what a query of the block sees is before it
-    num_kv_blocks = pl.cdiv(end, bkv)
+def _for_rows(call, b, item, do):
+    """`do(copy)` of the output: whole if every row of the window is the item's own, else row by row."""
+    bq = b.q.shape[1]
+    o = b.o.bitcast(call.o_hbm.dtype).reshape(b.q.shape[1:])
+    whole = item.row_end - item.window == bq
+    whole = jnp.logical_and(whole, item.skipped == 0)
+    pl.when(whole)(lambda: do(pltpu.make_async_copy(o, call.o_hbm.at[pl.ds(item.window, bq)], b.out_sem)))
 
-    def for_pages(block, slot, do):
-        _for_pages(call, seq, block, b.kv.at[slot], b.kv_sems.at[slot], do)
+    @pl.when(jnp.logical_not(whole))
+    def _():
+        @pl.loop(item.row_start, item.row_end)
+        def _(row):
+            do(pltpu.make_async_copy(o.at[row - item.window], call.o_hbm.at[row], b.out_sem))
 
-    def for_new_tokens(do):
-        _for_new_tokens(call, b, seq, position, row_end - row_start, row_start - window, do)
 
-    inputs = [
-        pltpu.make_async_copy(hbm.at[pl.ds(window, bq)], vmem, b.io_sem)
-        for hbm, vmem in ((call.q_hbm, b.q), (call.k_hbm, b.k), (call.v_hbm, b.v))
-    ]
-    for copy in inputs:
-        copy.start()
-    for_pages(0, 0, lambda copy: copy.start())
+def _begin_item(call, b, item, parity):
+    _interleave(call, b.k.at[parity], b.v.at[parity], b.new)
+    _for_new_tokens(call, b, item, _start)
+    bq = b.q.shape[1]
+    for head in range(call.q_hbm.shape[1]):
+        rows = pl.ds(head % call.group * bq, bq)
+        b.q_rows[head // call.group, rows] = _query_rows(b.q.at[parity], head)
     b.m[...] = jnp.full_like(b.m, call.mask_value)
     b.l[...] = jnp.zeros_like(b.l)
     b.acc[...] = jnp.zeros_like(b.acc)
-    for copy in inputs:
-        copy.wait()
-    _interleave(call, b.k, b.v, b.new)
-    for_new_tokens(lambda copy: copy.start())
-    for head in range(num_q_heads):
-        rows = pl.ds(head % call.group * bq, bq)
-        b.q_rows[head // call.group, rows] = b.q[:, head, :]
 
-    @pl.loop(0, num_kv_blocks)
-    def _(block):
-        slot = jax.lax.rem(block, 2)
 
-        @pl.when(block + 1 < num_kv_blocks)
-        def _():
-            for_pages(block + 1, 1 - slot, lambda copy: copy.start())
+def _attend_item(call, b, item, slot, start_following):
+    """The item against all KV blocks that it sees, the first of which is on its way to `slot`; the slot after them."""
+    bkv = b.kv.shape[1]
+    last = pl.cdiv(item.end, bkv) - 1
 
-        for_pages(block, slot, lambda copy: copy.wait())
+    def step(block, slot):
+        def start_next():
+            _for_pages(call, item.seq, block + 1, b.kv.at[1 - slot], b.kv_sems.at[1 - slot], _start)
 
-        # What this block of queries brings itself is on its way to the cache only.
-        @pl.loop(jnp.maximum(position, block * bkv), jnp.minimum(end, (block + 1) * bkv))
+        pl.when(block < last)(start_next)
+        pl.when(block == last)(lambda: start_following(1 - slot))
+        _for_pages(call, item.seq, block, b.kv.at[slot], b.kv_sems.at[slot], lambda copy: copy.wait())
+
+        # What the item brings itself is on its way to the cache only.
+        @pl.loop(jnp.maximum(item.position, block * bkv), jnp.minimum(item.end, (block + 1) * bkv))
         def _(token):
-            b.kv[slot, token - block * bkv] = _as_cache(b.new, call.cache_hbm)[token - position + row_start - window]
+            new = _as_cache(b.new, call.cache_hbm)
+            b.kv[slot, token - block * bkv] = new[token - item.position + item.skipped]
 
-        _prefill_block(call, b, slot, kv_len - q_end + window - block * bkv, kv_len - block * bkv)
+        tokens = call.kv_lens[item.seq] - block * bkv
+        _prefill_block(call, b, slot, item.position - item.skipped - block * bkv, tokens)
+        return 1 - slot
 
-    for head in range(call.num_kv_heads):
-        out = b.acc[head] / jnp.sum(b.l[head], axis=1, keepdims=True)
-        out = out.reshape(call.group, bq, head_dim).swapaxes(0, 1).astype(b.o.dtype)
-        b.o[:, head * call.group : (head + 1) * call.group, :] = out
-    _store_rows(call, b, window, row_start, row_end)
-    for_new_tokens(lambda copy: copy.wait())
+    return jax.lax.fori_loop(0, last + 1, step, slot)
+
+
+def _finish_heads(call, b, head):
+    """The output of the heads that share a word of it: two if it is 16 bits wide, else one."""
+    _, bq, num_q_heads, _ = b.q.shape
+    outs = []
+    for h in range(head, head + 4 // call.o_hbm.dtype.itemsize):
+        at = (h // call.group, pl.ds(h % call.group * bq, bq))
+        out = b.acc[at] / jnp.sum(b.l[at], axis=1, keepdims=True)
+        outs.append(pltpu.bitcast(out.astype(call.o_hbm.dtype).astype(jnp.float32), jnp.uint32))
+    words = outs[0] if len(outs) == 1 else _high_halves(*outs)
+    b.o[pl.ds(head // len(outs), bq, stride=num_q_heads // len(outs)), :] = words
 
 
 def _prefill_block(call, b, slot, first_row, tokens):
@@ -425,7 +519,7 @@ def _prefill_block(call, b, slot, first_row, tokens):
 
     Only what straddles the diagonal is masked, LANES keys at a time; what no query sees is left out.
     """
-    bq, bkv = b.q.shape[0], b.kv.shape[1]
+    bq, bkv = b.q.shape[1], b.kv.shape[1]
     whole = first_row >= bkv - 1
     pl.when(whole)(lambda: _prefill_keys(call, b, slot, 0, bkv, None))
 
@@ -456,7 +550,7 @@ def _score(call, b, slot, head, start, width, scores):
 
 
 def _weigh(call, b, slot, head, start, width, scores, masked):
-    bq = b.q.shape[0]
+    bq = b.q.shape[1]
     v = _head_of(b.kv, slot, head, 1)[start : start + width]
     s = scores[:, :width] * call.sm_scale
     if masked:
@@ -486,33 +580,14 @@ def _lane_sums(x):
     return sum(x[:, i : i + LANES] for i in range(0, x.shape[1], LANES))
 
 
-def _store_rows(call, b, window, row_start, row_end):
-    """A block that is all this sequence's own goes out whole, any other row by row."""
-    bq = b.o.shape[0]
-    whole = jnp.logical_and(window == row_start, row_end - row_start == bq)
-
-    @pl.when(whole)
-    def _():
-        store = pltpu.make_async_copy(b.o, call.o_hbm.at[pl.ds(window, bq)], b.io_sem)
-        store.start()
-        store.wait()
-
-    @pl.when(jnp.logical_not(whole))
-    def _():
-        def copy(row):
-            return pltpu.make_async_copy(b.o.at[row - window], call.o_hbm.at[row], b.io_sem)
-
-        pl.loop(row_start, row_end)(lambda row: copy(row).start())
-        pl.loop(row_start, row_end)(lambda row: copy(row).wait())
-
-
 def _zero_padding(call, b):
     """Rows past the last sequence are padding: zeros, so that the output is a function of the inputs."""
-    b.o[0] = jnp.zeros_like(b.o[0])
+    b.o[...] = jnp.zeros_like(b.o)
+    zeros = b.o.bitcast(call.o_hbm.dtype).reshape(b.q.shape[1:]).at[0]
 
     @pl.loop(call.cu_q_lens[call.distribution[2]], call.q_hbm.shape[0])
     def _(row):
-        zero = pltpu.make_async_copy(b.o.at[0], call.o_hbm.at[row], b.io_sem)
+        zero = pltpu.make_async_copy(zeros, call.o_hbm.at[row], b.out_sem)
         zero.start()
         zero.wait()
 
@@ -628,7 +703,7 @@ def ragged_paged_attention(
     num_tokens, num_q_heads, head_dim = queries.shape
     num_kv_heads = keys.shape[1]
     _, page_size, kv_rows, pack, padded_dim = kv_cache.shape
-    out_dtype = queries.dtype if out_dtype is None else out_dtype
+    out_dtype = jnp.dtype(queries.dtype if out_dtype is None else out_dtype)
     mask_value = DEFAULT_MASK_VALUE if mask_value is None else mask_value
     if not math.isfinite(mask_value):
         raise ValueError(f"mask_value must be finite, got {mask_value}")
@@ -665,18 +740,19 @@ def ragged_paged_attention(
                     pltpu.SemaphoreType.DMA((2,)),
                 ),
                 (
-                    pltpu.VMEM((bq, num_q_heads, padded_dim), q.dtype),
+                    pltpu.VMEM((2, bq, num_q_heads, padded_dim), q.dtype),
+                    pltpu.VMEM((2, bq, *keys.shape[1:]), kv_cache.dtype),
+                    pltpu.VMEM((2, bq, *keys.shape[1:]), kv_cache.dtype),
                     pltpu.VMEM((num_kv_heads, group * bq, padded_dim), q.dtype),
-                    pltpu.VMEM((bq, *keys.shape[1:]), kv_cache.dtype),
-                    pltpu.VMEM((bq, *keys.shape[1:]), kv_cache.dtype),
                     pltpu.VMEM((bq * kv_rows, padded_dim), jnp.uint32),
-                    pltpu.VMEM((bq, num_q_heads, padded_dim), out_dtype),
+                    pltpu.VMEM((bq * num_q_heads * out_dtype.itemsize // 4, padded_dim), jnp.uint32),
                     pltpu.VMEM((2, bkv, kv_rows, pack, padded_dim), kv_cache.dtype),
                     pltpu.VMEM((num_kv_heads, group * bq, LANES), jnp.float32),
                     pltpu.VMEM((num_kv_heads, group * bq, LANES), jnp.float32),
                     pltpu.VMEM((num_kv_heads, group * bq, padded_dim), jnp.float32),
                     pltpu.VMEM((group * bq, bkv), jnp.float32),
                     pltpu.VMEM((group * bq, bkv), jnp.float32),
+                    pltpu.SemaphoreType.DMA((2,)),
                     pltpu.SemaphoreType.DMA((2,)),
                     pltpu.SemaphoreType.DMA,
                     pltpu.SemaphoreType.DMA,
