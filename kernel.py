@@ -29,6 +29,7 @@ PROBLEM_DESCRIPTION = (
 # Tunables: module-level constants that a search may rewrite, each to one of the values listed.
 Q_BLOCK_TOKENS = 128  # new tokens of one sequence in a query block
 KV_BLOCK_PAGES = 16  # pages in one KV block
+SOFTMAX_ROWS = 64  # rows of scores that become weights at a time
 DECODE_BUFFERS = 2  # KV blocks of decodes in VMEM: one in work, the others on their way
 
 TUNABLES = {
@@ -44,26 +45,27 @@ def _align(size, multiple):
     return -(-size // multiple) * multiple
 
 
-def _keys(kv_ring, slot, head):
-    return _head_of(kv_ring, slot, head, 0)
+def _keys(kv_ring, slot, head, count=None):
+    return _head_of(kv_ring.at[slot], head, 0, count)
 
 
-def _values(kv_ring, slot, head):
-    return _head_of(kv_ring, slot, head, 1)
+def _values(kv_ring, slot, head, count=None):
+    return _head_of(kv_ring.at[slot], head, 1, count)
 
 
-def _head_of(kv_ring, slot, head, is_value):
-    """Keys or values ``[bkv, D]`` of one KV head, out of a block in the cache's layout ``[bkv, rows, pack, D]``.
+def _head_of(kv, head, is_value, count):
+    """Keys or values ``[count, D]`` of one KV head, out of a block in the cache's layout ``[bkv, rows, pack, D]``.
 
     A token's 32-bit words of one head lie a token's stride apart: strided loads pick them, two tokens' words at a time
     so that shifts and masks alone make packed bfloat16 rows in token order.
     """
-    _, bkv, rows, pack, head_dim = kv_ring.shape
-    words = kv_ring.at[slot].bitcast(jnp.uint32).reshape(bkv * rows, head_dim)
+    bkv, rows, pack, head_dim = kv.shape
+    count = bkv if count is None else count
+    words = kv.bitcast(jnp.uint32).reshape(bkv * rows, head_dim)
     if pack == 1:
-        return pltpu.bitcast(words[pl.ds(2 * head + is_value, bkv, stride=rows), :], kv_ring.dtype)
-    even, odd = (words[pl.ds(head + i * rows, bkv // 2, stride=2 * rows), :] for i in (0, 1))
-    return pltpu.bitcast((_high_halves if is_value else _low_halves)(even, odd), kv_ring.dtype)
+        return pltpu.bitcast(words[pl.ds(2 * head + is_value, count, stride=rows), :], kv.dtype)
+    even, odd = (words[pl.ds(head + i * rows, count // 2, stride=2 * rows), :] for i in (0, 1))
+    return pltpu.bitcast((_high_halves if is_value else _low_halves)(even, odd), kv.dtype)
 
 
 def _interleave(call, k, v, words):
@@ -129,6 +131,11 @@ class _Call:
     num_kv_heads: int
 
     @property
+    def score_scale(self):
+        """Factor of q · k that makes a weight a power of two."""
+        return self.sm_scale * math.log2(math.e)
+
+    @property
     def group(self):
         return self.q_hbm.shape[1] // self.num_kv_heads
 
@@ -185,7 +192,7 @@ class _Decode:
     new: Any  # u32[2, rows, D]: the new token's keys and values on their way to the cache
     o: Any  # [2, Hq, D]: on its way out
     m: Any  # f32[Hq, 128]: running maximum of the scores
-    l: Any  # f32[Hq, 128]: running sum of exp(score - m)  # noqa: E741
+    l: Any  # f32[Hq, 128]: running sum of 2 ** (score - m)  # noqa: E741
     acc: Any  # f32[Hq, D]: running numerator
     ring_sems: Any  # DMA[buffers]
     out_sems: Any  # DMA[2]
@@ -294,14 +301,14 @@ def _decode_block(call, d, slot, tokens):
         k = _keys(d.kv_ring, slot, head)
         of_head = jax.lax.dot_general(q, k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
         scores = of_head if head == 0 else jnp.where(head_of_row == head, of_head, scores)
-    scores = scores * call.sm_scale
+    scores = scores * call.score_scale
     if tokens is not None:
         column = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
         scores = jnp.where(column < tokens, scores, call.mask_value)
     m_old = d.m[:, :1]
     m_new = jnp.maximum(m_old, jnp.max(scores, axis=1, keepdims=True))
-    p = jnp.exp(scores - m_new)
-    alpha = jnp.exp(m_old - m_new)
+    p = jnp.exp2(scores - m_new)
+    alpha = jnp.exp2(m_old - m_new)
     l_new = alpha * d.l[:, :1] + jnp.sum(p, axis=1, keepdims=True)
     pv = None
     for head in range(call.num_kv_heads):
@@ -331,10 +338,12 @@ class _Prefill:
     o: Any  # u32[bq * Hq * out bytes / 4, D]: [bq, Hq, D] of the output's type
     kv: Any  # [2, bkv, 2 * Hkv / pack, pack, D]
     m: Any  # f32[Hkv, g * bq, 128]: running maximum of the scores, the same in every lane
-    l: Any  # f32[Hkv, g * bq, 128]: running sum of exp(score - m), a row over its lanes  # noqa: E741
+    l: Any  # f32[Hkv, g * bq, 128]: running sum of 2 ** (score - m), a row over its lanes  # noqa: E741
     acc: Any  # f32[Hkv, g * bq, D]: running numerator
     s0: Any  # f32[g * bq, bkv]: scores of a head
     s1: Any  # f32[g * bq, bkv]: scores of the next
+    p0: Any  # [g * bq, bkv]: the weights of the same two heads
+    p1: Any  # [g * bq, bkv]
     kv_sems: Any  # DMA[2], one per KV buffer
     in_sems: Any  # DMA[2]: queries, keys, values
     new_sem: Any  # DMA: cache update
@@ -517,55 +526,58 @@ def _finish_heads(call, b, head):
 def _prefill_block(call, b, slot, first_row, tokens):
     """A block of queries, the first at position `first_row` of a KV block that holds `tokens` cached tokens.
 
-    Only what straddles the diagonal is masked, LANES keys at a time; what no query sees is left out.
+    Only what straddles the diagonal is masked; of its halves, one that no query sees is left out.
     """
     bq, bkv = b.q.shape[1], b.kv.shape[1]
     whole = first_row >= bkv - 1
-    pl.when(whole)(lambda: _prefill_keys(call, b, slot, 0, bkv, None))
-
-    @pl.when(jnp.logical_not(whole))
-    def _():
-        for start in range(0, bkv, LANES):
-            width = min(LANES, bkv - start)
-            masked = (first_row - start, tokens - start)
-            pl.when(start < first_row + bq)(lambda: _prefill_keys(call, b, slot, start, width, masked))  # noqa: B023
+    half = bkv // 2 if bkv % (2 * LANES) == 0 else bkv
+    left = jnp.logical_and(jnp.logical_not(whole), first_row + bq <= half)
+    both = jnp.logical_not(jnp.logical_or(whole, left))
+    pl.when(whole)(lambda: _prefill_keys(call, b, slot, bkv, None))
+    pl.when(left)(lambda: _prefill_keys(call, b, slot, half, (first_row, tokens)))
+    pl.when(both)(lambda: _prefill_keys(call, b, slot, bkv, (first_row, tokens)))
 
 
-def _prefill_keys(call, b, slot, start, width, masked):
-    """All queries against `width` keys of a KV block; `masked` as (first_row, tokens) where they may not see them."""
+def _prefill_keys(call, b, slot, width, masked):
+    """All queries against the first `width` keys of a KV block; `masked` as (first_row, tokens) where they may not see them."""
 
-    buffers = (b.s0, b.s1)
-    _score(call, b, slot, 0, start, width, b.s0)
+    buffers = ((b.s0, b.p0), (b.s1, b.p1))
+    _score(call, b, slot, 0, width, b.s0)
     for head in range(call.num_kv_heads):
         if head + 1 < call.num_kv_heads:
-            _score(call, b, slot, head + 1, start, width, buffers[(head + 1) % 2])
-        _weigh(call, b, slot, head, start, width, buffers[head % 2], masked)
+            _score(call, b, slot, head + 1, width, buffers[(head + 1) % 2][0])
+        _weigh(call, b, slot, head, width, *buffers[head % 2], masked)
 
 
-def _score(call, b, slot, head, start, width, scores):
-    k = _head_of(b.kv, slot, head, 0)[start : start + width]
+def _score(call, b, slot, head, width, scores):
+    k = _keys(b.kv, slot, head, width)
     scores[:, :width] = jax.lax.dot_general(
         b.q_rows[head], k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
     )
 
 
-def _weigh(call, b, slot, head, start, width, scores, masked):
-    bq = b.q.shape[1]
-    v = _head_of(b.kv, slot, head, 1)[start : start + width]
-    s = scores[:, :width] * call.sm_scale
+def _weigh(call, b, slot, head, width, scores, weights, masked):
+    """One head's scores to weights, SOFTMAX_ROWS rows at a time so that what is live fits registers, then to sums."""
+    num_rows = scores.shape[0]
+    for row in range(0, num_rows, SOFTMAX_ROWS):
+        rows = pl.ds(row, min(SOFTMAX_ROWS, num_rows - row))
+        s = scores[rows, :width] * call.score_scale
+        if masked:
+            query = jax.lax.rem(row + jax.lax.broadcasted_iota(jnp.int32, s.shape, 0), b.q.shape[1])
+            column = jax.lax.broadcasted_iota(jnp.int32, s.shape, 1)
+            s = jnp.where(column <= masked[0] + query, s, call.mask_value)
+        m_old = b.m[head, rows]
+        m_new = jnp.maximum(m_old, jnp.max(s, axis=1, keepdims=True))
+        p = jnp.exp2(s - _lanes(m_new, width))
+        alpha = jnp.exp2(m_old - m_new)
+        weights[rows, :width] = p.astype(weights.dtype)
+        b.m[head, rows] = m_new
+        b.l[head, rows] = alpha * b.l[head, rows] + _lane_sums(p)
+        b.acc[head, rows] = _lanes(alpha, b.acc.shape[2]) * b.acc[head, rows]
+    v = _values(b.kv, slot, head, width)
     if masked:
-        first_row, tokens = masked
-        v = jnp.where(jax.lax.broadcasted_iota(jnp.int32, v.shape, 0) < tokens, v, jnp.zeros_like(v))
-        rows = jax.lax.rem(jax.lax.broadcasted_iota(jnp.int32, s.shape, 0), bq)
-        s = jnp.where(jax.lax.broadcasted_iota(jnp.int32, s.shape, 1) <= first_row + rows, s, call.mask_value)
-    m_old = b.m[head]
-    m_new = jnp.maximum(m_old, jnp.max(s, axis=1, keepdims=True))
-    p = jnp.exp(s - _lanes(m_new, width))
-    alpha = jnp.exp(m_old - m_new)
-    pv = jnp.dot(p.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    b.m[head] = m_new
-    b.l[head] = alpha * b.l[head] + _lane_sums(p)
-    b.acc[head] = _lanes(alpha, pv.shape[1]) * b.acc[head] + pv
+        v = jnp.where(jax.lax.broadcasted_iota(jnp.int32, v.shape, 0) < masked[1], v, jnp.zeros_like(v))
+    b.acc[head] += jnp.dot(weights[:, :width], v, preferred_element_type=jnp.float32)
 
 
 def _lanes(x, width):
@@ -585,11 +597,12 @@ def _zero_padding(call, b):
     b.o[...] = jnp.zeros_like(b.o)
     zeros = b.o.bitcast(call.o_hbm.dtype).reshape(b.q.shape[1:]).at[0]
 
-    @pl.loop(call.cu_q_lens[call.distribution[2]], call.q_hbm.shape[0])
-    def _(row):
-        zero = pltpu.make_async_copy(zeros, call.o_hbm.at[row], b.out_sem)
-        zero.start()
-        zero.wait()
+    def copy(row):
+        return pltpu.make_async_copy(zeros, call.o_hbm.at[row], b.out_sem)
+
+    first, end = call.cu_q_lens[call.distribution[2]], call.q_hbm.shape[0]
+    pl.loop(first, end)(lambda row: copy(row).start())
+    pl.loop(first, end)(lambda row: copy(row).wait())
 
 
 def _rpa_kernel(
@@ -752,6 +765,8 @@ def ragged_paged_attention(
                     pltpu.VMEM((num_kv_heads, group * bq, padded_dim), jnp.float32),
                     pltpu.VMEM((group * bq, bkv), jnp.float32),
                     pltpu.VMEM((group * bq, bkv), jnp.float32),
+                    pltpu.VMEM((group * bq, bkv), kv_cache.dtype),
+                    pltpu.VMEM((group * bq, bkv), kv_cache.dtype),
                     pltpu.SemaphoreType.DMA((2,)),
                     pltpu.SemaphoreType.DMA((2,)),
                     pltpu.SemaphoreType.DMA,
