@@ -5,8 +5,8 @@ end along the token axis (``cu_q_lens``), each with its own context length (``kv
 shared KV cache (``page_indices``). The kernel writes the new keys and values into their cache slots and attends
 causally to everything that the sequence has cached.
 
-This is the plain version: one program per sequence, small tiles, the cache update finished before attention starts,
-every KV block of the sequence visited by every query block. The faster ones are in the ledger.
+Two passes share one program. Decodes are a stream of KV blocks, fetched ahead across sequences. Prefills go a block of
+queries at a time: the scores of one KV head are computed while those of the head before become weights.
 """
 
 import dataclasses
@@ -61,39 +61,58 @@ def _head_of(kv, head, is_value, count):
     """
     bkv, rows, pack, head_dim = kv.shape
     count = bkv if count is None else count
-    words = kv.bitcast(jnp.uint32).reshape(bkv * rows, head_dim)
-    if pack == 1:
-        return pltpu.bitcast(words[pl.ds(2 * head + is_value, count, stride=rows), :], kv.dtype)
-    even, odd = (words[pl.ds(head + i * rows, count // 2, stride=2 * rows), :] for i in (0, 1))
-    return pltpu.bitcast((_high_halves if is_value else _low_halves)(even, odd), kv.dtype)
+    fold = head_dim // LANES
+    words = kv.bitcast(jnp.uint32).reshape(bkv * rows, head_dim).reshape(bkv * rows * fold, LANES)
+    tiles = []
+    for tile in range(fold):
+        if pack == 1:
+            tiles.append(words[pl.ds((2 * head + is_value) * fold + tile, count, stride=rows * fold), :])
+        else:
+            first, step = head * fold + tile, rows * fold
+            even, odd = (words[pl.ds(first + i * step, count // 2, stride=2 * step), :] for i in (0, 1))
+            tiles.append((_high_halves if is_value else _low_halves)(even, odd))
+    return pltpu.bitcast(jnp.concatenate(tiles, axis=1), kv.dtype)
+
+
+def _lane_tiles(width):
+    return [pl.ds(i, LANES) for i in range(0, width, LANES)]
 
 
 def _interleave(call, k, v, words):
-    """New keys and values ``[n, Hkv, D]`` in the cache's layout: `words` ``u32[n * rows, D]``."""
-    num_tokens, num_heads, head_dim = k.shape
-    rows = words.shape[0] // num_tokens
-    if k.dtype.itemsize == 4:
-        for head in range(call.num_kv_heads):
-            for i, ref in enumerate((k, v)):
-                words[pl.ds(2 * head + i, num_tokens, stride=rows), :] = pltpu.bitcast(ref[:, head, :], jnp.uint32)
-        return
-    for pair in range(num_heads // 2):
-        k2, v2 = (ref.bitcast(jnp.uint32).reshape(num_tokens * num_heads // 2, head_dim) for ref in (k, v))
-        pairs = pl.ds(pair, num_tokens, stride=num_heads // 2)
-        k2, v2 = k2[pairs, :], v2[pairs, :]
-        words[pl.ds(2 * pair, num_tokens, stride=rows), :] = _low_halves(k2, v2)
-        if 2 * pair + 1 < call.num_kv_heads:
-            words[pl.ds(2 * pair + 1, num_tokens, stride=rows), :] = _high_halves(k2, v2)
+    """New keys and values ``[D / 128, n, Hkv, 128]`` in the cache's layout: `words` ``u32[D / 128, n * rows, 128]``."""
+    num_tiles, num_tokens, num_heads, _ = k.shape
+    rows = words.shape[1] // num_tokens
+    for tile in range(num_tiles):
+
+        def store(row, value, tile=tile):
+            words.at[tile][pl.ds(row, num_tokens, stride=rows), :] = value
+
+        if k.dtype.itemsize == 4:
+            for row in range(2 * call.num_kv_heads):
+                store(row, pltpu.bitcast((k, v)[row % 2][tile, :, row // 2, :], jnp.uint32))
+            continue
+        for pair in range(-(-call.num_kv_heads // 2)):
+            k2, v2 = (_word_rows(ref.at[tile], pair) for ref in (k, v))
+            store(2 * pair, _low_halves(k2, v2))
+            if 2 * pair + 1 < call.num_kv_heads:
+                store(2 * pair + 1, _high_halves(k2, v2))
 
 
-def _query_rows(q, head):
-    """Rows ``[bq, D]`` of one head, out of queries ``[bq, Hq, D]``."""
-    bq, num_heads, head_dim = q.shape
-    if q.dtype.itemsize == 4 or bq % 2:
-        return q[:, head, :]
-    words = q.bitcast(jnp.uint32).reshape(bq * num_heads // 2, head_dim)
-    even, odd = (words[pl.ds((head + i * num_heads) // 2, bq // 2, stride=num_heads), :] for i in (0, 1))
-    return pltpu.bitcast((_high_halves if head % 2 else _low_halves)(even, odd), q.dtype)
+def _word_rows(heads, word):
+    """32-bit words ``[n, 128]``, the `word`-th of each token, of heads ``[n, H, 128]`` that are 16 bits wide."""
+    num_tokens, num_heads, width = heads.shape
+    words = heads.bitcast(jnp.uint32).reshape(num_tokens * num_heads // 2, width)
+    return words[pl.ds(word, num_tokens, stride=num_heads // 2), :]
+
+
+def _heads_of_word(q, word):
+    """Rows ``[bq, D]`` of the heads that share a word of queries ``[D / 128, bq, Hq, 128]``: two if 16 bits wide."""
+    tiles = range(q.shape[0])
+    if q.dtype.itemsize == 4:
+        return (jnp.concatenate([q[tile, :, word, :] for tile in tiles], axis=1),)
+    words = jnp.concatenate([_word_rows(q.at[tile], word) for tile in tiles], axis=1)
+    halves = words << 16, words & jnp.uint32(0xFFFF0000)
+    return tuple(pltpu.bitcast(half, jnp.float32).astype(q.dtype) for half in halves)
 
 
 def _low_halves(low, high):
@@ -104,10 +123,12 @@ def _high_halves(low, high):
     return (low >> 16) | (high & jnp.uint32(0xFFFF0000))
 
 
-def _as_cache(words, cache_hbm):
-    """`words` as tokens ``[n, rows, pack, D]`` of the cache's layout and type; to read only."""
+def _tiles_as_cache(words, cache_hbm):
+    """``(lanes, tokens[n, rows, pack, 128])`` of the cache's layout and type for each tile of `words`; to read only."""
     _, _, rows, pack, head_dim = cache_hbm.shape
-    return words.bitcast(cache_hbm.dtype).reshape(words.shape[-2] // rows, rows, pack, head_dim)
+    for tile, lanes in enumerate(_lane_tiles(head_dim)):
+        tokens = words.at[tile].bitcast(cache_hbm.dtype)
+        yield lanes, tokens.reshape(words.shape[-2] // rows, rows, pack, LANES)
 
 
 # --- the kernel -----------------------------------------------------------------------------------------------------
@@ -128,6 +149,7 @@ class _Call:
     cache_hbm: Any  # [P, page_size, 2 * Hkv / pack, pack, D]
     sm_scale: float
     mask_value: float
+    num_q_heads: int  # those of the model; q_hbm and o_hbm may hold some more, to fill words and tiles
     num_kv_heads: int
 
     @property
@@ -137,7 +159,7 @@ class _Call:
 
     @property
     def group(self):
-        return self.q_hbm.shape[1] // self.num_kv_heads
+        return self.num_q_heads // self.num_kv_heads
 
     @property
     def page_size(self):
@@ -165,6 +187,12 @@ class _Call:
         )
 
 
+def _for_tiles(hbm, vmem, sem, do):
+    """`do(copy)` of ``[n, H, D]`` to or from ``[D / 128, n, H, 128]``: strided loads take 128 lanes at a time."""
+    for tile, lanes in enumerate(_lane_tiles(hbm.shape[-1])):
+        do(pltpu.make_async_copy(hbm.at[:, :, lanes], vmem.at[tile], sem))
+
+
 def _for_pages(call, seq, block, kv_vmem, sem, do):
     """`do(copy)` for each page of a KV block of a sequence that has cached tokens."""
     bkv, page_size = kv_vmem.shape[0], call.page_size
@@ -184,15 +212,15 @@ def _for_pages(call, seq, block, kv_vmem, sem, do):
 class _Decode:
     """Buffers of the decode pass."""
 
-    q_ring: Any  # [buffers, Hq, D]: with the first KV block of its sequence
-    k_ring: Any  # [buffers, 1, Hkv, D]: the new token's keys, the same
-    v_ring: Any  # [buffers, 1, Hkv, D]
+    q_ring: Any  # [buffers, D / 128, 1, Hq, 128]: with the first KV block of its sequence
+    k_ring: Any  # [buffers, D / 128, 1, Hkv, 128]: the new token's keys, the same
+    v_ring: Any  # [buffers, D / 128, 1, Hkv, 128]
     kv_ring: Any  # [buffers, bkv, 2 * Hkv / pack, pack, D]
     q: Any  # [Hq, D]: the sequence in work
-    new: Any  # u32[2, rows, D]: the new token's keys and values on their way to the cache
+    new: Any  # u32[2, D / 128, rows, 128]: the new token's keys and values on their way to the cache
     o: Any  # [2, Hq, D]: on its way out
     m: Any  # f32[Hq, 128]: running maximum of the scores
-    l: Any  # f32[Hq, 128]: running sum of 2 ** (score - m)  # noqa: E741
+    l: Any  # f32[Hq, 128]: running sum of 2 ** (score - m)
     acc: Any  # f32[Hq, D]: running numerator
     ring_sems: Any  # DMA[buffers]
     out_sems: Any  # DMA[2]
@@ -214,9 +242,8 @@ def _decode_pass(call, d):
         @pl.when(block == 0)
         def _():
             row = call.cu_q_lens[seq]
-            do(pltpu.make_async_copy(call.q_hbm.at[row], d.q_ring.at[slot], d.ring_sems.at[slot]))
-            for hbm, ring in ((call.k_hbm, d.k_ring), (call.v_hbm, d.v_ring)):
-                do(pltpu.make_async_copy(hbm.at[pl.ds(row, 1)], ring.at[slot], d.ring_sems.at[slot]))
+            for hbm, ring in ((call.q_hbm, d.q_ring), (call.k_hbm, d.k_ring), (call.v_hbm, d.v_ring)):
+                _for_tiles(hbm.at[pl.ds(row, 1)], ring.at[slot], d.ring_sems.at[slot], do)
 
         _for_pages(call, seq, block, d.kv_ring.at[slot], d.ring_sems.at[slot], do)
 
@@ -235,7 +262,8 @@ def _decode_pass(call, d):
     def for_results(seq, parity, do):
         do(pltpu.make_async_copy(d.o.at[parity], call.o_hbm.at[call.cu_q_lens[seq]], d.out_sems.at[parity]))
         slots = call.slots(seq, call.kv_lens[seq] - 1, 1)
-        do(pltpu.make_async_copy(_as_cache(d.new.at[parity], call.cache_hbm), slots, d.out_sems.at[parity]))
+        for lanes, tokens in _tiles_as_cache(d.new.at[parity], call.cache_hbm):
+            do(pltpu.make_async_copy(tokens, slots.at[:, :, :, lanes], d.out_sems.at[parity]))
 
     def attend_sequence(state):
         seq, slot, ahead, count, before, before_that = state
@@ -257,7 +285,8 @@ def _decode_pass(call, d):
             @pl.when(block == last)
             def _():
                 tokens = call.kv_lens[seq] - block * d.bkv
-                d.kv_ring[slot, tokens - 1] = _as_cache(d.new.at[parity], call.cache_hbm)[0]
+                for lanes, new in _tiles_as_cache(d.new.at[parity], call.cache_hbm):
+                    d.kv_ring[slot, tokens - 1, :, :, lanes] = new[0]
                 _decode_block(call, d, slot, tokens)
 
             return jax.lax.rem(slot + 1, d.buffers), ahead
@@ -272,16 +301,14 @@ def _decode_pass(call, d):
     for _ in range(d.buffers - 1):
         ahead = fetch_next(ahead)
     zero = jnp.int32(0)
-    state = jax.lax.while_loop(
-        lambda state: state[0] < total, attend_sequence, (first, zero, ahead, zero, zero, zero)
-    )
+    state = jax.lax.while_loop(lambda state: state[0] < total, attend_sequence, (first, zero, ahead, zero, zero, zero))
     _, _, _, count, before, before_that = state
     for back, seq in ((1, before), (2, before_that)):
         pl.when(count >= back)(lambda: for_results(seq, jax.lax.rem(count - back, 2), lambda copy: copy.wait()))
 
 
 def _begin_decode(call, d, slot, parity):
-    d.q[...] = d.q_ring[slot]
+    d.q[...] = jnp.concatenate([d.q_ring[slot, tile, 0] for tile in range(d.q_ring.shape[1])], axis=1)
     _interleave(call, d.k_ring.at[slot], d.v_ring.at[slot], d.new.at[parity])
     d.m[...] = jnp.full_like(d.m, call.mask_value)
     d.l[...] = jnp.zeros_like(d.l)
@@ -330,15 +357,15 @@ def _decode_block(call, d, slot, tokens):
 class _Prefill:
     """Buffers of the prefill pass."""
 
-    q: Any  # [2, bq, Hq, D]: of the item in work and of the following one
-    k: Any  # [2, bq, Hkv, D]: the same tokens' new keys
-    v: Any  # [2, bq, Hkv, D]
+    q: Any  # [2, D / 128, bq, Hq, 128]: of the item in work and of the following one
+    k: Any  # [2, D / 128, bq, Hkv, 128]: the same tokens' new keys
+    v: Any  # [2, D / 128, bq, Hkv, 128]
     q_rows: Any  # [Hkv, g * bq, D]: the item's queries by head
-    new: Any  # u32[bq * rows, D]: the item's keys and values in the cache's layout
-    o: Any  # u32[bq * Hq * out bytes / 4, D]: [bq, Hq, D] of the output's type
+    new: Any  # u32[D / 128, bq * rows, 128]: the item's keys and values in the cache's layout
+    o: Any  # u32[D / 128, bq * Hq * out bytes / 4, 128]: rows of the output by tile
     kv: Any  # [2, bkv, 2 * Hkv / pack, pack, D]
     m: Any  # f32[Hkv, g * bq, 128]: running maximum of the scores, the same in every lane
-    l: Any  # f32[Hkv, g * bq, 128]: running sum of 2 ** (score - m), a row over its lanes  # noqa: E741
+    l: Any  # f32[Hkv, g * bq, 128]: running sum of 2 ** (score - m), a row over its lanes
     acc: Any  # f32[Hkv, g * bq, D]: running numerator
     s0: Any  # f32[g * bq, bkv]: scores of a head
     s1: Any  # f32[g * bq, bkv]: scores of the next
@@ -374,7 +401,7 @@ class _Item:
 
 
 def _item(call, b, seq, q_block):
-    bq = b.q.shape[1]
+    bq = b.q.shape[2]
     row_start = call.cu_q_lens[seq] + q_block * bq
     q_end = call.cu_q_lens[seq + 1]
     window = jnp.minimum(row_start, call.q_hbm.shape[0] - bq)
@@ -407,11 +434,12 @@ def _prefill_pass(call, b):
 
         slot = _attend_item(call, b, item, slot, start_following)
         pl.when(before[0] >= 0)(lambda: _for_rows(call, b, _item(call, b, *before), lambda copy: copy.wait()))
-        for head in range(0, call.q_hbm.shape[1], 4 // call.o_hbm.dtype.itemsize):
+        for head in range(0, call.num_q_heads, 4 // call.o_hbm.dtype.itemsize):
             _finish_heads(call, b, head)
         _for_rows(call, b, item, lambda copy: copy.start())
         return next_seq, next_block, slot, 1 - parity, (seq, q_block)
 
+    _reset(call, b, ...)
     zero = jnp.int32(0)
     first = call.next_with(is_prefill, zero)
 
@@ -422,9 +450,7 @@ def _prefill_pass(call, b):
         _for_pages(call, first, 0, b.kv.at[0], b.kv_sems.at[0], _start)
 
     none = jnp.int32(-1)
-    *_, before = jax.lax.while_loop(
-        lambda state: state[0] < total, attend, (first, zero, zero, zero, (none, zero))
-    )
+    *_, before = jax.lax.while_loop(lambda state: state[0] < total, attend, (first, zero, zero, zero, (none, zero)))
     pl.when(before[0] >= 0)(lambda: _for_rows(call, b, _item(call, b, *before), lambda copy: copy.wait()))
 
 
@@ -433,9 +459,9 @@ def _start(copy):
 
 
 def _for_inputs(call, b, item, parity, do):
-    bq = b.q.shape[1]
+    bq = b.q.shape[2]
     for hbm, vmem in ((call.q_hbm, b.q), (call.k_hbm, b.k), (call.v_hbm, b.v)):
-        do(pltpu.make_async_copy(hbm.at[pl.ds(item.window, bq)], vmem.at[parity], b.in_sems.at[parity]))
+        _for_tiles(hbm.at[pl.ds(item.window, bq)], vmem.at[parity], b.in_sems.at[parity], do)
 
 
 def _for_new_tokens(call, b, item, do):
@@ -443,46 +469,53 @@ def _for_new_tokens(call, b, item, do):
 
     A page that is all new goes whole, any other token by token.
     """
-    new, page_size = _as_cache(b.new, call.cache_hbm), call.page_size
+    page_size = call.page_size
 
-    def copy(start, tokens):
-        source = new.at[pl.ds(item.skipped + start - item.position, tokens)]
-        do(pltpu.make_async_copy(source, call.slots(item.seq, start, tokens), b.new_sem))
+    def copy(start, count):
+        slots = call.slots(item.seq, start, count)
+        for lanes, tokens in _tiles_as_cache(b.new, call.cache_hbm):
+            source = tokens.at[pl.ds(item.skipped + start - item.position, count)]
+            do(pltpu.make_async_copy(source, slots.at[:, :, :, lanes], b.new_sem))
 
     @pl.loop(item.position // page_size, pl.cdiv(item.end, page_size))
     def _(page):
         first = jnp.maximum(item.position, page * page_size)
         end = jnp.minimum(item.end, (page + 1) * page_size)
         whole = end - first == page_size
-        pl.when(whole)(lambda: copy(first, page_size))
-        pl.when(jnp.logical_not(whole))(lambda: pl.loop(first, end)(lambda token: copy(token, 1)))
+        if page_size <= b.q.shape[2]:
+            pl.when(whole)(lambda: copy(first, page_size))
+            end = jnp.where(whole, first, end)
+        pl.loop(first, end)(lambda token: copy(token, 1))
 
 
 def _for_rows(call, b, item, do):
     """`do(copy)` of the output: whole if every row of the window is the item's own, else row by row."""
-    bq = b.q.shape[1]
-    o = b.o.bitcast(call.o_hbm.dtype).reshape(b.q.shape[1:])
-    whole = item.row_end - item.window == bq
-    whole = jnp.logical_and(whole, item.skipped == 0)
-    pl.when(whole)(lambda: do(pltpu.make_async_copy(o, call.o_hbm.at[pl.ds(item.window, bq)], b.out_sem)))
+    bq = b.q.shape[2]
 
-    @pl.when(jnp.logical_not(whole))
-    def _():
-        @pl.loop(item.row_start, item.row_end)
-        def _(row):
-            do(pltpu.make_async_copy(o.at[row - item.window], call.o_hbm.at[row], b.out_sem))
+    def copy(start, count):
+        for lanes, o in _output_tiles(call, b):
+            rows = call.o_hbm.at[pl.ds(start, count), :, lanes]
+            do(pltpu.make_async_copy(o.at[pl.ds(start - item.window, count)], rows, b.out_sem))
+
+    whole = jnp.logical_and(item.row_end - item.window == bq, item.skipped == 0)
+    pl.when(whole)(lambda: copy(item.window, bq))
+    pl.when(jnp.logical_not(whole))(lambda: pl.loop(item.row_start, item.row_end)(lambda row: copy(row, 1)))
+
+
+def _output_tiles(call, b):
+    """``(lanes, rows[bq, Hq, 128])`` of the output for each tile of `b.o`; to read only."""
+    for tile, lanes in enumerate(_lane_tiles(call.o_hbm.shape[-1])):
+        yield lanes, b.o.at[tile].bitcast(call.o_hbm.dtype).reshape(b.q.shape[2], call.o_hbm.shape[1], LANES)
 
 
 def _begin_item(call, b, item, parity):
     _interleave(call, b.k.at[parity], b.v.at[parity], b.new)
     _for_new_tokens(call, b, item, _start)
-    bq = b.q.shape[1]
-    for head in range(call.q_hbm.shape[1]):
-        rows = pl.ds(head % call.group * bq, bq)
-        b.q_rows[head // call.group, rows] = _query_rows(b.q.at[parity], head)
-    b.m[...] = jnp.full_like(b.m, call.mask_value)
-    b.l[...] = jnp.zeros_like(b.l)
-    b.acc[...] = jnp.zeros_like(b.acc)
+    heads_per_word = 4 // b.q.dtype.itemsize
+    for word in range(call.q_hbm.shape[1] // heads_per_word):
+        for head, rows in enumerate(_heads_of_word(b.q.at[parity], word), word * heads_per_word):
+            if head < call.num_q_heads:
+                b.q_rows[_rows_of(call, b, head)] = rows
 
 
 def _attend_item(call, b, item, slot, start_following):
@@ -501,8 +534,8 @@ def _attend_item(call, b, item, slot, start_following):
         # What the item brings itself is on its way to the cache only.
         @pl.loop(jnp.maximum(item.position, block * bkv), jnp.minimum(item.end, (block + 1) * bkv))
         def _(token):
-            new = _as_cache(b.new, call.cache_hbm)
-            b.kv[slot, token - block * bkv] = new[token - item.position + item.skipped]
+            for lanes, new in _tiles_as_cache(b.new, call.cache_hbm):
+                b.kv[slot, token - block * bkv, :, :, lanes] = new[token - item.position + item.skipped]
 
         tokens = call.kv_lens[item.seq] - block * bkv
         _prefill_block(call, b, slot, item.position - item.skipped - block * bkv, tokens)
@@ -511,16 +544,32 @@ def _attend_item(call, b, item, slot, start_following):
     return jax.lax.fori_loop(0, last + 1, step, slot)
 
 
+def _rows_of(call, b, head):
+    """Where a query head's rows are in what is kept by KV head."""
+    bq = b.q.shape[2]
+    return head // call.group, pl.ds(head % call.group * bq, bq)
+
+
+def _reset(call, b, at):
+    b.m[at] = jnp.full_like(b.m[at], call.mask_value)
+    b.l[at] = jnp.zeros_like(b.l[at])
+    b.acc[at] = jnp.zeros_like(b.acc[at])
+
+
 def _finish_heads(call, b, head):
     """The output of the heads that share a word of it: two if it is 16 bits wide, else one."""
-    _, bq, num_q_heads, _ = b.q.shape
+    _, num_tiles, bq, num_q_heads, _ = b.q.shape
+    heads_per_word = 4 // call.o_hbm.dtype.itemsize
     outs = []
-    for h in range(head, head + 4 // call.o_hbm.dtype.itemsize):
-        at = (h // call.group, pl.ds(h % call.group * bq, bq))
+    for h in range(head, min(head + heads_per_word, call.num_q_heads)):
+        at = _rows_of(call, b, h)
         out = b.acc[at] / jnp.sum(b.l[at], axis=1, keepdims=True)
+        _reset(call, b, at)  # here, where the store slots are idle
         outs.append(pltpu.bitcast(out.astype(call.o_hbm.dtype).astype(jnp.float32), jnp.uint32))
-    words = outs[0] if len(outs) == 1 else _high_halves(*outs)
-    b.o[pl.ds(head // len(outs), bq, stride=num_q_heads // len(outs)), :] = words
+    words = outs[0] if heads_per_word == 1 else _high_halves(outs[0], outs[-1])
+    rows = pl.ds(head // heads_per_word, bq, stride=num_q_heads // heads_per_word)
+    for tile in range(num_tiles):
+        b.o.at[tile][rows, :] = words[:, tile * LANES : (tile + 1) * LANES]
 
 
 def _prefill_block(call, b, slot, first_row, tokens):
@@ -528,7 +577,7 @@ def _prefill_block(call, b, slot, first_row, tokens):
 
     Only what straddles the diagonal is masked; of its halves, one that no query sees is left out.
     """
-    bq, bkv = b.q.shape[1], b.kv.shape[1]
+    bq, bkv = b.q.shape[2], b.kv.shape[1]
     whole = first_row >= bkv - 1
     half = bkv // 2 if bkv % (2 * LANES) == 0 else bkv
     left = jnp.logical_and(jnp.logical_not(whole), first_row + bq <= half)
@@ -539,8 +588,10 @@ def _prefill_block(call, b, slot, first_row, tokens):
 
 
 def _prefill_keys(call, b, slot, width, masked):
-    """All queries against the first `width` keys of a KV block; `masked` as (first_row, tokens) where they may not see them."""
+    """All queries against the first `width` keys of a KV block.
 
+    `masked`: (first_row, tokens) where a query may not see all of them.
+    """
     buffers = ((b.s0, b.p0), (b.s1, b.p1))
     _score(call, b, slot, 0, width, b.s0)
     for head in range(call.num_kv_heads):
@@ -563,7 +614,7 @@ def _weigh(call, b, slot, head, width, scores, weights, masked):
         rows = pl.ds(row, min(SOFTMAX_ROWS, num_rows - row))
         s = scores[rows, :width] * call.score_scale
         if masked:
-            query = jax.lax.rem(row + jax.lax.broadcasted_iota(jnp.int32, s.shape, 0), b.q.shape[1])
+            query = jax.lax.rem(row + jax.lax.broadcasted_iota(jnp.int32, s.shape, 0), b.q.shape[2])
             column = jax.lax.broadcasted_iota(jnp.int32, s.shape, 1)
             s = jnp.where(column <= masked[0] + query, s, call.mask_value)
         m_old = b.m[head, rows]
@@ -595,14 +646,14 @@ def _lane_sums(x):
 def _zero_padding(call, b):
     """Rows past the last sequence are padding: zeros, so that the output is a function of the inputs."""
     b.o[...] = jnp.zeros_like(b.o)
-    zeros = b.o.bitcast(call.o_hbm.dtype).reshape(b.q.shape[1:]).at[0]
 
-    def copy(row):
-        return pltpu.make_async_copy(zeros, call.o_hbm.at[row], b.out_sem)
+    def for_copies(row, do):
+        for lanes, o in _output_tiles(call, b):
+            do(pltpu.make_async_copy(o.at[pl.ds(0, 1)], call.o_hbm.at[pl.ds(row, 1), :, lanes], b.out_sem))
 
     first, end = call.cu_q_lens[call.distribution[2]], call.q_hbm.shape[0]
-    pl.loop(first, end)(lambda row: copy(row).start())
-    pl.loop(first, end)(lambda row: copy(row).wait())
+    pl.loop(first, end)(lambda row: for_copies(row, _start))
+    pl.loop(first, end)(lambda row: for_copies(row, lambda copy: copy.wait()))
 
 
 def _rpa_kernel(
@@ -625,15 +676,34 @@ def _rpa_kernel(
     *,
     sm_scale,
     mask_value,
+    num_q_heads,
     num_kv_heads,
 ):
     call = _Call(
-        kv_lens_ref, page_indices_ref, cu_q_lens_ref, distribution_ref, q_hbm, k_hbm, v_hbm, o_hbm, cache_hbm,
-        sm_scale, mask_value, num_kv_heads,
+        kv_lens_ref,
+        page_indices_ref,
+        cu_q_lens_ref,
+        distribution_ref,
+        q_hbm,
+        k_hbm,
+        v_hbm,
+        o_hbm,
+        cache_hbm,
+        sm_scale,
+        mask_value,
+        num_q_heads,
+        num_kv_heads,
     )
     _decode_pass(call, _Decode(*decode_scratch))
     _prefill_pass(call, _Prefill(*prefill_scratch))
     _zero_padding(call, _Prefill(*prefill_scratch))
+
+
+def _padded_heads(num_heads, dtype):
+    """The next number of heads that fills words and whole tiles of them; what the models have needs no padding."""
+    heads_per_word = 4 // dtype.itemsize
+    words = -(-num_heads // heads_per_word)
+    return heads_per_word * (_align(words, 8) if words > 4 else 1 << (words - 1).bit_length())
 
 
 def ragged_paged_attention(
@@ -721,17 +791,26 @@ def ragged_paged_attention(
     if not math.isfinite(mask_value):
         raise ValueError(f"mask_value must be finite, got {mask_value}")
 
-    pad_dim = ((0, 0), (0, 0), (0, padded_dim - head_dim))
-    q = jnp.pad(queries, pad_dim).astype(kv_cache.dtype)
-    pad_kv = ((0, 0), (0, -num_kv_heads % pack), (0, padded_dim - head_dim))
-    keys, values = jnp.pad(keys, pad_kv), jnp.pad(values, pad_kv)
+    def padded(array):
+        heads = (0, _padded_heads(array.shape[1], array.dtype) - array.shape[1])
+        return jnp.pad(array, ((0, 0), heads, (0, padded_dim - head_dim)))
+
+    q = padded(queries.astype(kv_cache.dtype))
+    keys, values = padded(keys), padded(values)
+    heads, tiles = q.shape[1], padded_dim // LANES
 
     bq = min(Q_BLOCK_TOKENS, num_tokens)
     bkv = KV_BLOCK_PAGES * page_size
     group = num_q_heads // num_kv_heads
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     out, new_cache = pl.pallas_call(
-        functools.partial(_rpa_kernel, sm_scale=sm_scale, mask_value=mask_value, num_kv_heads=num_kv_heads),
+        functools.partial(
+            _rpa_kernel,
+            sm_scale=sm_scale,
+            mask_value=mask_value,
+            num_q_heads=num_q_heads,
+            num_kv_heads=num_kv_heads,
+        ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(1,),
@@ -739,26 +818,26 @@ def ragged_paged_attention(
             out_specs=[hbm, hbm],
             scratch_shapes=[
                 (
-                    pltpu.VMEM((DECODE_BUFFERS, num_q_heads, padded_dim), q.dtype),
-                    pltpu.VMEM((DECODE_BUFFERS, 1, *keys.shape[1:]), kv_cache.dtype),
-                    pltpu.VMEM((DECODE_BUFFERS, 1, *keys.shape[1:]), kv_cache.dtype),
+                    pltpu.VMEM((DECODE_BUFFERS, tiles, 1, heads, LANES), q.dtype),
+                    pltpu.VMEM((DECODE_BUFFERS, tiles, 1, keys.shape[1], LANES), kv_cache.dtype),
+                    pltpu.VMEM((DECODE_BUFFERS, tiles, 1, keys.shape[1], LANES), kv_cache.dtype),
                     pltpu.VMEM((DECODE_BUFFERS, bkv, kv_rows, pack, padded_dim), kv_cache.dtype),
-                    pltpu.VMEM((num_q_heads, padded_dim), q.dtype),
-                    pltpu.VMEM((2, kv_rows, padded_dim), jnp.uint32),
-                    pltpu.VMEM((2, num_q_heads, padded_dim), out_dtype),
-                    pltpu.VMEM((num_q_heads, LANES), jnp.float32),
-                    pltpu.VMEM((num_q_heads, LANES), jnp.float32),
-                    pltpu.VMEM((num_q_heads, padded_dim), jnp.float32),
+                    pltpu.VMEM((heads, padded_dim), q.dtype),
+                    pltpu.VMEM((2, tiles, kv_rows, LANES), jnp.uint32),
+                    pltpu.VMEM((2, heads, padded_dim), out_dtype),
+                    pltpu.VMEM((heads, LANES), jnp.float32),
+                    pltpu.VMEM((heads, LANES), jnp.float32),
+                    pltpu.VMEM((heads, padded_dim), jnp.float32),
                     pltpu.SemaphoreType.DMA((DECODE_BUFFERS,)),
                     pltpu.SemaphoreType.DMA((2,)),
                 ),
                 (
-                    pltpu.VMEM((2, bq, num_q_heads, padded_dim), q.dtype),
-                    pltpu.VMEM((2, bq, *keys.shape[1:]), kv_cache.dtype),
-                    pltpu.VMEM((2, bq, *keys.shape[1:]), kv_cache.dtype),
+                    pltpu.VMEM((2, tiles, bq, heads, LANES), q.dtype),
+                    pltpu.VMEM((2, tiles, bq, keys.shape[1], LANES), kv_cache.dtype),
+                    pltpu.VMEM((2, tiles, bq, keys.shape[1], LANES), kv_cache.dtype),
                     pltpu.VMEM((num_kv_heads, group * bq, padded_dim), q.dtype),
-                    pltpu.VMEM((bq * kv_rows, padded_dim), jnp.uint32),
-                    pltpu.VMEM((bq * num_q_heads * out_dtype.itemsize // 4, padded_dim), jnp.uint32),
+                    pltpu.VMEM((tiles, bq * kv_rows, LANES), jnp.uint32),
+                    pltpu.VMEM((tiles, bq * heads * out_dtype.itemsize // 4, LANES), jnp.uint32),
                     pltpu.VMEM((2, bkv, kv_rows, pack, padded_dim), kv_cache.dtype),
                     pltpu.VMEM((num_kv_heads, group * bq, LANES), jnp.float32),
                     pltpu.VMEM((num_kv_heads, group * bq, LANES), jnp.float32),
@@ -775,16 +854,18 @@ def ragged_paged_attention(
             ],
         ),
         out_shape=[
-            jax.ShapeDtypeStruct((num_tokens, num_q_heads, padded_dim), out_dtype),
+            jax.ShapeDtypeStruct((num_tokens, heads, padded_dim), out_dtype),
             jax.ShapeDtypeStruct(kv_cache.shape, kv_cache.dtype),
         ],
         input_output_aliases={7: 1},
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary",), vmem_limit_bytes=vmem_limit_bytes or 64 * 2**20, disable_bounds_checks=True
+            dimension_semantics=("arbitrary",),
+            vmem_limit_bytes=vmem_limit_bytes or 64 * 2**20,
+            disable_bounds_checks=True,
         ),
         name=KERNEL_NAME,
     )(kv_lens, page_indices, cu_q_lens, distribution, q, keys, values, kv_cache)
-    return out[:, :, :head_dim], new_cache
+    return out[:, :num_q_heads, :head_dim], new_cache
 
 
 def _validate(queries, keys, values, kv_cache, kv_lens, page_indices, cu_q_lens, distribution):
@@ -1019,7 +1100,7 @@ def get_tiling_meta(**workload):
     q_bytes = bq * NUM_Q_HEADS * HEAD_DIM * 2
     kv_bytes = bkv * 2 * NUM_KV_HEADS * HEAD_DIM * 2
     return {
-        "grid": (workload.get("num_seqs", 64),),
+        "grid": (1,),
         "buffers": [
             {"name": "q", "size_bytes": 2 * q_bytes, "double_buffered": False},
             {"name": "out", "size_bytes": q_bytes, "double_buffered": False},
