@@ -5,12 +5,14 @@ end along the token axis (``cu_q_lens``), each with its own context length (``kv
 shared KV cache (``page_indices``). The kernel writes the new keys and values into their cache slots and attends
 causally to everything that the sequence has cached.
 
-This is the plain version: one program per sequence, small tiles, the cache update finished before attention starts,
-every KV block of the sequence visited by every query block. The faster ones are in the ledger.
+Two passes share one program. Decodes are a stream of KV blocks, fetched ahead across sequences. Prefills go a block of
+queries at a time: the scores of one KV head are computed while those of the head before become weights.
 """
 
+import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +28,9 @@ PROBLEM_DESCRIPTION = (
 
 # Tunables: module-level constants that a search may rewrite, each to one of the values listed.
 Q_BLOCK_TOKENS = 128  # new tokens of one sequence in a query block
-KV_BLOCK_PAGES = 8  # pages in one double-buffered KV block
+KV_BLOCK_PAGES = 16  # pages in one KV block
+SOFTMAX_ROWS = 64  # rows of scores that become weights at a time
+DECODE_BUFFERS = 2  # KV blocks of decodes in VMEM: one in work, the others on their way
 
 TUNABLES = {
     "Q_BLOCK_TOKENS": (1, 2, 4, 8, 16, 32, 64, 128, 256),
@@ -41,193 +45,665 @@ def _align(size, multiple):
     return -(-size // multiple) * multiple
 
 
+def _keys(kv_ring, slot, head, count=None):
+    return _head_of(kv_ring.at[slot], head, 0, count)
+
+
+def _values(kv_ring, slot, head, count=None):
+    return _head_of(kv_ring.at[slot], head, 1, count)
+
+
+def _head_of(kv, head, is_value, count):
+    """Keys or values ``[count, D]`` of one KV head, out of a block in the cache's layout ``[bkv, rows, pack, D]``.
+
+    A token's 32-bit words of one head lie a token's stride apart: strided loads pick them, two tokens' words at a time
+    so that shifts and masks alone make packed bfloat16 rows in token order.
+    """
+    bkv, rows, pack, head_dim = kv.shape
+    count = bkv if count is None else count
+    fold = head_dim // LANES
+    words = kv.bitcast(jnp.uint32).reshape(bkv * rows, head_dim).reshape(bkv * rows * fold, LANES)
+    tiles = []
+    for tile in range(fold):
+        if pack == 1:
+            tiles.append(words[pl.ds((2 * head + is_value) * fold + tile, count, stride=rows * fold), :])
+        else:
+            first, step = head * fold + tile, rows * fold
+            even, odd = (words[pl.ds(first + i * step, count // 2, stride=2 * step), :] for i in (0, 1))
+            tiles.append((_high_halves if is_value else _low_halves)(even, odd))
+    return pltpu.bitcast(jnp.concatenate(tiles, axis=1), kv.dtype)
+
+
+def _lane_tiles(width):
+    return [pl.ds(i, LANES) for i in range(0, width, LANES)]
+
+
+def _interleave(call, k, v, words):
+    """New keys and values ``[D / 128, n, Hkv, 128]`` in the cache's layout: `words` ``u32[D / 128, n * rows, 128]``."""
+    num_tiles, num_tokens, num_heads, _ = k.shape
+    rows = words.shape[1] // num_tokens
+    for tile in range(num_tiles):
+
+        def store(row, value, tile=tile):
+            words.at[tile][pl.ds(row, num_tokens, stride=rows), :] = value
+
+        if k.dtype.itemsize == 4:
+            for row in range(2 * call.num_kv_heads):
+                store(row, pltpu.bitcast((k, v)[row % 2][tile, :, row // 2, :], jnp.uint32))
+            continue
+        for pair in range(-(-call.num_kv_heads // 2)):
+            k2, v2 = (_word_rows(ref.at[tile], pair) for ref in (k, v))
+            store(2 * pair, _low_halves(k2, v2))
+            if 2 * pair + 1 < call.num_kv_heads:
+                store(2 * pair + 1, _high_halves(k2, v2))
+
+
+def _word_rows(heads, word):
+    """32-bit words ``[n, 128]``, the `word`-th of each token, of heads ``[n, H, 128]`` that are 16 bits wide."""
+    num_tokens, num_heads, width = heads.shape
+    words = heads.bitcast(jnp.uint32).reshape(num_tokens * num_heads // 2, width)
+    return words[pl.ds(word, num_tokens, stride=num_heads // 2), :]
+
+
+def _heads_of_word(q, word):
+    """Rows ``[bq, D]`` of the heads that share a word of queries ``[D / 128, bq, Hq, 128]``: two if 16 bits wide."""
+    tiles = range(q.shape[0])
+    if q.dtype.itemsize == 4:
+        return (jnp.concatenate([q[tile, :, word, :] for tile in tiles], axis=1),)
+    words = jnp.concatenate([_word_rows(q.at[tile], word) for tile in tiles], axis=1)
+    halves = words << 16, words & jnp.uint32(0xFFFF0000)
+    return tuple(pltpu.bitcast(half, jnp.float32).astype(q.dtype) for half in halves)
+
+
+def _low_halves(low, high):
+    return (low & jnp.uint32(0xFFFF)) | (high << 16)
+
+
+def _high_halves(low, high):
+    return (low >> 16) | (high & jnp.uint32(0xFFFF0000))
+
+
+def _tiles_as_cache(words, cache_hbm):
+    """``(lanes, tokens[n, rows, pack, 128])`` of the cache's layout and type for each tile of `words`; to read only."""
+    _, _, rows, pack, head_dim = cache_hbm.shape
+    for tile, lanes in enumerate(_lane_tiles(head_dim)):
+        tokens = words.at[tile].bitcast(cache_hbm.dtype)
+        yield lanes, tokens.reshape(words.shape[-2] // rows, rows, pack, LANES)
+
+
 # --- the kernel -----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """What every part of the kernel needs: scalars in SMEM, operands and results in HBM, static figures."""
+
+    kv_lens: Any  # i32[S]
+    page_indices: Any  # i32[S * pages_per_seq]
+    cu_q_lens: Any  # i32[S + 1]
+    distribution: Any  # i32[3]: decode_end, prefill_end, total
+    q_hbm: Any  # [T, Hq, D]
+    k_hbm: Any  # [T, Hkv, D], Hkv even where two of them share a word
+    v_hbm: Any  # [T, Hkv, D]
+    o_hbm: Any  # [T, Hq, D]
+    cache_hbm: Any  # [P, page_size, 2 * Hkv / pack, pack, D]
+    sm_scale: float
+    mask_value: float
+    num_q_heads: int  # those of the model; q_hbm and o_hbm may hold some more, to fill words and tiles
+    num_kv_heads: int
+
+    @property
+    def score_scale(self):
+        """Factor of q · k that makes a weight a power of two."""
+        return self.sm_scale * math.log2(math.e)
+
+    @property
+    def group(self):
+        return self.num_q_heads // self.num_kv_heads
+
+    @property
+    def page_size(self):
+        return self.cache_hbm.shape[1]
+
+    def q_len(self, seq):
+        return self.cu_q_lens[seq + 1] - self.cu_q_lens[seq]
+
+    def slots(self, seq, position, count):
+        """Where the cache keeps `count` tokens of one page of a sequence."""
+        page = self.page_of(seq, position // self.page_size)
+        return self.cache_hbm.at[page, pl.ds(jax.lax.rem(position, self.page_size), count)]
+
+    def page_of(self, seq, index):
+        return self.page_indices[seq * (self.page_indices.shape[0] // self.kv_lens.shape[0]) + index]
+
+    def next_with(self, wanted, seq):
+        """The first sequence from `seq` on whose number of new tokens is `wanted`, or the number of sequences."""
+        total = self.distribution[2]
+        last = jnp.maximum(total - 1, 0)
+        return jax.lax.while_loop(
+            lambda s: jnp.logical_and(s < total, jnp.logical_not(wanted(self.q_len(jnp.minimum(s, last))))),
+            lambda s: s + 1,
+            seq,
+        )
+
+
+def _for_tiles(hbm, vmem, sem, do):
+    """`do(copy)` of ``[n, H, D]`` to or from ``[D / 128, n, H, 128]``: strided loads take 128 lanes at a time."""
+    for tile, lanes in enumerate(_lane_tiles(hbm.shape[-1])):
+        do(pltpu.make_async_copy(hbm.at[:, :, lanes], vmem.at[tile], sem))
+
+
+def _for_pages(call, seq, block, kv_vmem, sem, do):
+    """`do(copy)` for each page of a KV block of a sequence that has cached tokens."""
+    bkv, page_size = kv_vmem.shape[0], call.page_size
+    first = block * (bkv // page_size)
+    num_pages = pl.cdiv(call.kv_lens[seq], page_size)
+
+    @pl.loop(0, jnp.minimum(bkv // page_size, num_pages - first))
+    def _(page):
+        target = kv_vmem.at[pl.ds(page * page_size, page_size)]
+        do(pltpu.make_async_copy(call.cache_hbm.at[call.page_of(seq, first + page)], target, sem))
+
+
+# --- decodes: sequences with one new token, a stream of KV blocks fetched ahead across sequences ----------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Decode:
+    """Buffers of the decode pass."""
+
+    q_ring: Any  # [buffers, D / 128, 1, Hq, 128]: with the first KV block of its sequence
+    k_ring: Any  # [buffers, D / 128, 1, Hkv, 128]: the new token's keys, the same
+    v_ring: Any  # [buffers, D / 128, 1, Hkv, 128]
+    kv_ring: Any  # [buffers, bkv, 2 * Hkv / pack, pack, D]
+    q: Any  # [Hq, D]: the sequence in work
+    new: Any  # u32[2, D / 128, rows, 128]: the new token's keys and values on their way to the cache
+    o: Any  # [2, Hq, D]: on its way out
+    m: Any  # f32[Hq, 128]: running maximum of the scores
+    l: Any  # f32[Hq, 128]: running sum of 2 ** (score - m)
+    acc: Any  # f32[Hq, D]: running numerator
+    ring_sems: Any  # DMA[buffers]
+    out_sems: Any  # DMA[2]
+
+    @property
+    def buffers(self):
+        return self.kv_ring.shape[0]
+
+    @property
+    def bkv(self):
+        return self.kv_ring.shape[1]
+
+
+def _decode_pass(call, d):
+    total = call.distribution[2]
+    is_decode = lambda q_len: q_len == 1  # noqa: E731
+
+    def for_copies(seq, block, slot, do):
+        @pl.when(block == 0)
+        def _():
+            row = call.cu_q_lens[seq]
+            for hbm, ring in ((call.q_hbm, d.q_ring), (call.k_hbm, d.k_ring), (call.v_hbm, d.v_ring)):
+                _for_tiles(hbm.at[pl.ds(row, 1)], ring.at[slot], d.ring_sems.at[slot], do)
+
+        _for_pages(call, seq, block, d.kv_ring.at[slot], d.ring_sems.at[slot], do)
+
+    def fetch_next(ahead):
+        """Starts the fetch of the block at `ahead` = (sequence, block, slot), if there is one; the one after it."""
+        seq, block, slot = ahead
+
+        @pl.when(seq < total)
+        def _():
+            for_copies(seq, block, slot, lambda copy: copy.start())
+
+        last = block + 1 >= pl.cdiv(call.kv_lens[jnp.minimum(seq, jnp.maximum(total - 1, 0))], d.bkv)
+        after = call.next_with(is_decode, jnp.where(last, jnp.minimum(seq + 1, total), seq))
+        return after, jnp.where(last, 0, block + 1), jax.lax.rem(slot + 1, d.buffers)
+
+    def for_results(seq, parity, do):
+        do(pltpu.make_async_copy(d.o.at[parity], call.o_hbm.at[call.cu_q_lens[seq]], d.out_sems.at[parity]))
+        slots = call.slots(seq, call.kv_lens[seq] - 1, 1)
+        for lanes, tokens in _tiles_as_cache(d.new.at[parity], call.cache_hbm):
+            do(pltpu.make_async_copy(tokens, slots.at[:, :, :, lanes], d.out_sems.at[parity]))
+
+    def attend_sequence(state):
+        seq, slot, ahead, count, before, before_that = state
+        parity = jax.lax.rem(count, 2)
+
+        @pl.when(count >= 2)
+        def _():
+            for_results(before_that, parity, lambda copy: copy.wait())
+
+        last = pl.cdiv(call.kv_lens[seq], d.bkv) - 1
+
+        def step(block, carry):
+            slot, ahead = carry
+            ahead = fetch_next(ahead)
+            for_copies(seq, block, slot, lambda copy: copy.wait())
+            pl.when(block == 0)(lambda: _begin_decode(call, d, slot, parity))
+            pl.when(block < last)(lambda: _decode_block(call, d, slot, None))
+
+            @pl.when(block == last)
+            def _():
+                tokens = call.kv_lens[seq] - block * d.bkv
+                for lanes, new in _tiles_as_cache(d.new.at[parity], call.cache_hbm):
+                    d.kv_ring[slot, tokens - 1, :, :, lanes] = new[0]
+                _decode_block(call, d, slot, tokens)
+
+            return jax.lax.rem(slot + 1, d.buffers), ahead
+
+        slot, ahead = jax.lax.fori_loop(0, last + 1, step, (slot, ahead))
+        d.o[parity] = (d.acc[...] / d.l[:, :1]).astype(d.o.dtype)
+        for_results(seq, parity, lambda copy: copy.start())
+        return call.next_with(is_decode, seq + 1), slot, ahead, count + 1, seq, before
+
+    first = call.next_with(is_decode, jnp.int32(0))
+    ahead = (first, jnp.int32(0), jnp.int32(0))
+    for _ in range(d.buffers - 1):
+        ahead = fetch_next(ahead)
+    zero = jnp.int32(0)
+    state = jax.lax.while_loop(lambda state: state[0] < total, attend_sequence, (first, zero, ahead, zero, zero, zero))
+    _, _, _, count, before, before_that = state
+    for back, seq in ((1, before), (2, before_that)):
+        pl.when(count >= back)(lambda: for_results(seq, jax.lax.rem(count - back, 2), lambda copy: copy.wait()))
+
+
+def _begin_decode(call, d, slot, parity):
+    d.q[...] = jnp.concatenate([d.q_ring[slot, tile, 0] for tile in range(d.q_ring.shape[1])], axis=1)
+    _interleave(call, d.k_ring.at[slot], d.v_ring.at[slot], d.new.at[parity])
+    d.m[...] = jnp.full_like(d.m, call.mask_value)
+    d.l[...] = jnp.zeros_like(d.l)
+    d.acc[...] = jnp.zeros_like(d.acc)
+
+
+def _decode_block(call, d, slot, tokens):
+    """All query heads against one KV block, of which `tokens` count (None: all).
+
+    Every KV head's keys meet all query rows, since the MXU takes as long for one row as for its fill of weights; each
+    row keeps the result of its own head.
+    """
+    q = d.q[...]
+    head_of_row = jax.lax.broadcasted_iota(jnp.int32, (q.shape[0], 1), 0) // call.group
+    scores = None
+    for head in range(call.num_kv_heads):
+        k = _keys(d.kv_ring, slot, head)
+        of_head = jax.lax.dot_general(q, k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+        scores = of_head if head == 0 else jnp.where(head_of_row == head, of_head, scores)
+    scores = scores * call.score_scale
+    if tokens is not None:
+        column = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+        scores = jnp.where(column < tokens, scores, call.mask_value)
+    m_old = d.m[:, :1]
+    m_new = jnp.maximum(m_old, jnp.max(scores, axis=1, keepdims=True))
+    p = jnp.exp2(scores - m_new)
+    alpha = jnp.exp2(m_old - m_new)
+    l_new = alpha * d.l[:, :1] + jnp.sum(p, axis=1, keepdims=True)
+    pv = None
+    for head in range(call.num_kv_heads):
+        v = _values(d.kv_ring, slot, head)
+        if tokens is not None:  # slots past the end may hold NaN
+            cached = jax.lax.broadcasted_iota(jnp.int32, v.shape, 0) < tokens
+            v = jnp.where(cached, v, jnp.zeros_like(v))
+        of_head = jnp.dot(p.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        pv = of_head if head == 0 else jnp.where(head_of_row == head, of_head, pv)
+    d.acc[...] = alpha * d.acc[...] + pv
+    d.m[...] = jnp.broadcast_to(m_new, d.m.shape)
+    d.l[...] = jnp.broadcast_to(l_new, d.l.shape)
+
+
+# --- prefills: sequences with more new tokens, a block of queries at a time -------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prefill:
+    """Buffers of the prefill pass."""
+
+    q: Any  # [2, D / 128, bq, Hq, 128]: of the item in work and of the following one
+    k: Any  # [2, D / 128, bq, Hkv, 128]: the same tokens' new keys
+    v: Any  # [2, D / 128, bq, Hkv, 128]
+    q_rows: Any  # [Hkv, g * bq, D]: the item's queries by head
+    new: Any  # u32[D / 128, bq * rows, 128]: the item's keys and values in the cache's layout
+    o: Any  # u32[D / 128, bq * Hq * out bytes / 4, 128]: rows of the output by tile
+    kv: Any  # [2, bkv, 2 * Hkv / pack, pack, D]
+    m: Any  # f32[Hkv, g * bq, 128]: running maximum of the scores, the same in every lane
+    l: Any  # f32[Hkv, g * bq, 128]: running sum of 2 ** (score - m), a row over its lanes
+    acc: Any  # f32[Hkv, g * bq, D]: running numerator
+    s0: Any  # f32[g * bq, bkv]: scores of a head
+    s1: Any  # f32[g * bq, bkv]: scores of the next
+    p0: Any  # [g * bq, bkv]: the weights of the same two heads
+    p1: Any  # [g * bq, bkv]
+    kv_sems: Any  # DMA[2], one per KV buffer
+    in_sems: Any  # DMA[2]: queries, keys, values
+    new_sem: Any  # DMA: cache update
+    out_sem: Any  # DMA: output
+
+
+@dataclasses.dataclass(frozen=True)
+class _Item:
+    """A block of one sequence's queries: rows ``row_start:row_end`` of the batch, from token `position` on.
+
+    The last block of the batch would read past its end: its window is shifted back and the rows before are ignored.
+    """
+
+    seq: Any
+    row_start: Any
+    row_end: Any
+    window: Any
+    position: Any
+
+    @property
+    def end(self):
+        """What a query of the block sees is before this position."""
+        return self.position + self.row_end - self.row_start
+
+    @property
+    def skipped(self):
+        return self.row_start - self.window
+
+
+def _item(call, b, seq, q_block):
+    bq = b.q.shape[2]
+    row_start = call.cu_q_lens[seq] + q_block * bq
+    q_end = call.cu_q_lens[seq + 1]
+    window = jnp.minimum(row_start, call.q_hbm.shape[0] - bq)
+    return _Item(seq, row_start, jnp.minimum(row_start + bq, q_end), window, call.kv_lens[seq] - q_end + row_start)
+
+
+def _prefill_pass(call, b):
+    """One block of queries after the other; what the next one needs first is fetched while one is in work."""
+    total = call.distribution[2]
+
+    def is_prefill(q_len):
+        return q_len > 1
+
+    def attend(state):
+        seq, q_block, slot, parity, before = state
+        item = _item(call, b, seq, q_block)
+        last = item.row_end == call.cu_q_lens[seq + 1]
+        next_seq = call.next_with(is_prefill, jnp.where(last, seq + 1, seq))
+        next_block = jnp.where(last, 0, q_block + 1)
+        following = _item(call, b, jnp.minimum(next_seq, call.kv_lens.shape[0] - 1), next_block)
+        for_there = functools.partial(pl.when, next_seq < total)
+
+        _for_inputs(call, b, item, parity, lambda copy: copy.wait())
+        for_there()(lambda: _for_inputs(call, b, following, 1 - parity, lambda copy: copy.start()))
+        _begin_item(call, b, item, parity)
+
+        def start_following(slot):
+            _for_new_tokens(call, b, item, lambda copy: copy.wait())  # the following item may read them
+            for_there()(lambda: _for_pages(call, following.seq, 0, b.kv.at[slot], b.kv_sems.at[slot], _start))
+
+        slot = _attend_item(call, b, item, slot, start_following)
+        pl.when(before[0] >= 0)(lambda: _for_rows(call, b, _item(call, b, *before), lambda copy: copy.wait()))
+        for head in range(0, call.num_q_heads, 4 // call.o_hbm.dtype.itemsize):
+            _finish_heads(call, b, head)
+        _for_rows(call, b, item, lambda copy: copy.start())
+        return next_seq, next_block, slot, 1 - parity, (seq, q_block)
+
+    _reset(call, b, ...)
+    zero = jnp.int32(0)
+    first = call.next_with(is_prefill, zero)
+
+    @pl.when(first < total)
+    def _():
+        item = _item(call, b, first, 0)
+        _for_inputs(call, b, item, 0, _start)
+        _for_pages(call, first, 0, b.kv.at[0], b.kv_sems.at[0], _start)
+
+    none = jnp.int32(-1)
+    *_, before = jax.lax.while_loop(lambda state: state[0] < total, attend, (first, zero, zero, zero, (none, zero)))
+    pl.when(before[0] >= 0)(lambda: _for_rows(call, b, _item(call, b, *before), lambda copy: copy.wait()))
+
+
+def _start(copy):
+    copy.start()
+
+
+def _for_inputs(call, b, item, parity, do):
+    bq = b.q.shape[2]
+    for hbm, vmem in ((call.q_hbm, b.q), (call.k_hbm, b.k), (call.v_hbm, b.v)):
+        _for_tiles(hbm.at[pl.ds(item.window, bq)], vmem.at[parity], b.in_sems.at[parity], do)
+
+
+def _for_new_tokens(call, b, item, do):
+    """`do(copy)` of the item's new tokens from `b.new` on to the cache.
+
+    A page that is all new goes whole, any other token by token.
+    """
+    page_size = call.page_size
+
+    def copy(start, count):
+        slots = call.slots(item.seq, start, count)
+        for lanes, tokens in _tiles_as_cache(b.new, call.cache_hbm):
+            source = tokens.at[pl.ds(item.skipped + start - item.position, count)]
+            do(pltpu.make_async_copy(source, slots.at[:, :, :, lanes], b.new_sem))
+
+    @pl.loop(item.position // page_size, pl.cdiv(item.end, page_size))
+    def _(page):
+        first = jnp.maximum(item.position, page * page_size)
+        end = jnp.minimum(item.end, (page + 1) * page_size)
+        whole = end - first == page_size
+        if page_size <= b.q.shape[2]:
+            pl.when(whole)(lambda: copy(first, page_size))
+            end = jnp.where(whole, first, end)
+        pl.loop(first, end)(lambda token: copy(token, 1))
+
+
+def _for_rows(call, b, item, do):
+    """`do(copy)` of the output: whole if every row of the window is the item's own, else row by row."""
+    bq = b.q.shape[2]
+
+    def copy(start, count):
+        for lanes, o in _output_tiles(call, b):
+            rows = call.o_hbm.at[pl.ds(start, count), :, lanes]
+            do(pltpu.make_async_copy(o.at[pl.ds(start - item.window, count)], rows, b.out_sem))
+
+    whole = jnp.logical_and(item.row_end - item.window == bq, item.skipped == 0)
+    pl.when(whole)(lambda: copy(item.window, bq))
+    pl.when(jnp.logical_not(whole))(lambda: pl.loop(item.row_start, item.row_end)(lambda row: copy(row, 1)))
+
+
+def _output_tiles(call, b):
+    """``(lanes, rows[bq, Hq, 128])`` of the output for each tile of `b.o`; to read only."""
+    for tile, lanes in enumerate(_lane_tiles(call.o_hbm.shape[-1])):
+        yield lanes, b.o.at[tile].bitcast(call.o_hbm.dtype).reshape(b.q.shape[2], call.o_hbm.shape[1], LANES)
+
+
+def _begin_item(call, b, item, parity):
+    _interleave(call, b.k.at[parity], b.v.at[parity], b.new)
+    _for_new_tokens(call, b, item, _start)
+    heads_per_word = 4 // b.q.dtype.itemsize
+    for word in range(call.q_hbm.shape[1] // heads_per_word):
+        for head, rows in enumerate(_heads_of_word(b.q.at[parity], word), word * heads_per_word):
+            if head < call.num_q_heads:
+                b.q_rows[_rows_of(call, b, head)] = rows
+
+
+def _attend_item(call, b, item, slot, start_following):
+    """The item against all KV blocks that it sees, the first of which is on its way to `slot`; the slot after them."""
+    bkv = b.kv.shape[1]
+    last = pl.cdiv(item.end, bkv) - 1
+
+    def step(block, slot):
+        def start_next():
+            _for_pages(call, item.seq, block + 1, b.kv.at[1 - slot], b.kv_sems.at[1 - slot], _start)
+
+        pl.when(block < last)(start_next)
+        pl.when(block == last)(lambda: start_following(1 - slot))
+        _for_pages(call, item.seq, block, b.kv.at[slot], b.kv_sems.at[slot], lambda copy: copy.wait())
+
+        # What the item brings itself is on its way to the cache only.
+        @pl.loop(jnp.maximum(item.position, block * bkv), jnp.minimum(item.end, (block + 1) * bkv))
+        def _(token):
+            for lanes, new in _tiles_as_cache(b.new, call.cache_hbm):
+                b.kv[slot, token - block * bkv, :, :, lanes] = new[token - item.position + item.skipped]
+
+        tokens = call.kv_lens[item.seq] - block * bkv
+        _prefill_block(call, b, slot, item.position - item.skipped - block * bkv, tokens)
+        return 1 - slot
+
+    return jax.lax.fori_loop(0, last + 1, step, slot)
+
+
+def _rows_of(call, b, head):
+    """Where a query head's rows are in what is kept by KV head."""
+    bq = b.q.shape[2]
+    return head // call.group, pl.ds(head % call.group * bq, bq)
+
+
+def _reset(call, b, at):
+    b.m[at] = jnp.full_like(b.m[at], call.mask_value)
+    b.l[at] = jnp.zeros_like(b.l[at])
+    b.acc[at] = jnp.zeros_like(b.acc[at])
+
+
+def _finish_heads(call, b, head):
+    """The output of the heads that share a word of it: two if it is 16 bits wide, else one."""
+    _, num_tiles, bq, num_q_heads, _ = b.q.shape
+    heads_per_word = 4 // call.o_hbm.dtype.itemsize
+    outs = []
+    for h in range(head, min(head + heads_per_word, call.num_q_heads)):
+        at = _rows_of(call, b, h)
+        out = b.acc[at] / jnp.sum(b.l[at], axis=1, keepdims=True)
+        _reset(call, b, at)  # here, where the store slots are idle
+        outs.append(pltpu.bitcast(out.astype(call.o_hbm.dtype).astype(jnp.float32), jnp.uint32))
+    words = outs[0] if heads_per_word == 1 else _high_halves(outs[0], outs[-1])
+    rows = pl.ds(head // heads_per_word, bq, stride=num_q_heads // heads_per_word)
+    for tile in range(num_tiles):
+        b.o.at[tile][rows, :] = words[:, tile * LANES : (tile + 1) * LANES]
+
+
+def _prefill_block(call, b, slot, first_row, tokens):
+    """A block of queries, the first at position `first_row` of a KV block that holds `tokens` cached tokens.
+
+    Only what straddles the diagonal is masked; of its halves, one that no query sees is left out.
+    """
+    bq, bkv = b.q.shape[2], b.kv.shape[1]
+    whole = first_row >= bkv - 1
+    half = bkv // 2 if bkv % (2 * LANES) == 0 else bkv
+    left = jnp.logical_and(jnp.logical_not(whole), first_row + bq <= half)
+    both = jnp.logical_not(jnp.logical_or(whole, left))
+    pl.when(whole)(lambda: _prefill_keys(call, b, slot, bkv, None))
+    pl.when(left)(lambda: _prefill_keys(call, b, slot, half, (first_row, tokens)))
+    pl.when(both)(lambda: _prefill_keys(call, b, slot, bkv, (first_row, tokens)))
+
+
+def _prefill_keys(call, b, slot, width, masked):
+    """All queries against the first `width` keys of a KV block.
+
+    `masked`: (first_row, tokens) where a query may not see all of them.
+    """
+    buffers = ((b.s0, b.p0), (b.s1, b.p1))
+    _score(call, b, slot, 0, width, b.s0)
+    for head in range(call.num_kv_heads):
+        if head + 1 < call.num_kv_heads:
+            _score(call, b, slot, head + 1, width, buffers[(head + 1) % 2][0])
+        _weigh(call, b, slot, head, width, *buffers[head % 2], masked)
+
+
+def _score(call, b, slot, head, width, scores):
+    k = _keys(b.kv, slot, head, width)
+    scores[:, :width] = jax.lax.dot_general(
+        b.q_rows[head], k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+    )
+
+
+def _weigh(call, b, slot, head, width, scores, weights, masked):
+    """One head's scores to weights, SOFTMAX_ROWS rows at a time so that what is live fits registers, then to sums."""
+    num_rows = scores.shape[0]
+    for row in range(0, num_rows, SOFTMAX_ROWS):
+        rows = pl.ds(row, min(SOFTMAX_ROWS, num_rows - row))
+        s = scores[rows, :width] * call.score_scale
+        if masked:
+            query = jax.lax.rem(row + jax.lax.broadcasted_iota(jnp.int32, s.shape, 0), b.q.shape[2])
+            column = jax.lax.broadcasted_iota(jnp.int32, s.shape, 1)
+            s = jnp.where(column <= masked[0] + query, s, call.mask_value)
+        m_old = b.m[head, rows]
+        m_new = jnp.maximum(m_old, jnp.max(s, axis=1, keepdims=True))
+        p = jnp.exp2(s - _lanes(m_new, width))
+        alpha = jnp.exp2(m_old - m_new)
+        weights[rows, :width] = p.astype(weights.dtype)
+        b.m[head, rows] = m_new
+        b.l[head, rows] = alpha * b.l[head, rows] + _lane_sums(p)
+        b.acc[head, rows] = _lanes(alpha, b.acc.shape[2]) * b.acc[head, rows]
+    v = _values(b.kv, slot, head, width)
+    if masked:
+        v = jnp.where(jax.lax.broadcasted_iota(jnp.int32, v.shape, 0) < masked[1], v, jnp.zeros_like(v))
+    b.acc[head] += jnp.dot(weights[:, :width], v, preferred_element_type=jnp.float32)
+
+
+def _lanes(x, width):
+    """`x` whose LANES lanes of a row are equal, as `width` lanes."""
+    return x[:, :width] if width <= LANES else jnp.concatenate([x] * (width // LANES), axis=1)
+
+
+def _lane_sums(x):
+    """Sums over the lanes `i`, `i + LANES`, … of each row: their sum is the row's, and no lane is crossed."""
+    if x.shape[1] % LANES:
+        x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % LANES)))
+    return sum(x[:, i : i + LANES] for i in range(0, x.shape[1], LANES))
+
+
+def _zero_padding(call, b):
+    """Rows past the last sequence are padding: zeros, so that the output is a function of the inputs."""
+    b.o[...] = jnp.zeros_like(b.o)
+
+    def for_copies(row, do):
+        for lanes, o in _output_tiles(call, b):
+            do(pltpu.make_async_copy(o.at[pl.ds(0, 1)], call.o_hbm.at[pl.ds(row, 1), :, lanes], b.out_sem))
+
+    first, end = call.cu_q_lens[call.distribution[2]], call.q_hbm.shape[0]
+    pl.loop(first, end)(lambda row: for_copies(row, _start))
+    pl.loop(first, end)(lambda row: for_copies(row, lambda copy: copy.wait()))
 
 
 def _rpa_kernel(
     # scalars, prefetched into SMEM
-    kv_lens_ref,  # i32[S]
-    page_indices_ref,  # i32[S * pages_per_seq]
-    cu_q_lens_ref,  # i32[S + 1]
-    distribution_ref,  # i32[3]: decode_end, prefill_end, total
+    kv_lens_ref,
+    page_indices_ref,
+    cu_q_lens_ref,
+    distribution_ref,
     # operands in HBM
-    q_hbm,  # [T, Hq, D]
-    new_kv_hbm,  # [T, 2 * Hkv / pack, pack, D]
+    q_hbm,
+    k_hbm,
+    v_hbm,
     _cache_in_hbm,  # the same buffer as cache_hbm
     # results in HBM
-    o_hbm,  # [T, Hq, D]
-    cache_hbm,  # [P, page_size, 2 * Hkv / pack, pack, D]
+    o_hbm,
+    cache_hbm,
     # scratch
-    q_vmem,  # [bq, Hq, D]
-    q_rows_vmem,  # [Hkv, bq * g, D]: the same by KV head
-    o_vmem,  # [bq, Hq, D]
-    kv_vmem,  # [2, bkv, 2 * Hkv / pack, pack, D]
-    m_vmem,  # f32[Hkv, bq * g, 128]: running maximum of the scores, the same in every lane
-    l_vmem,  # f32[Hkv, bq * g, 128]: running sum of exp(score - m)
-    acc_vmem,  # f32[Hkv, bq * g, D]: running numerator
-    kv_sems,  # DMA[2], one per KV buffer
-    io_sem,  # DMA: queries, outputs, cache update
+    decode_scratch,
+    prefill_scratch,
     *,
     sm_scale,
     mask_value,
+    num_q_heads,
     num_kv_heads,
 ):
-    num_tokens = q_hbm.shape[0]
-    page_size = cache_hbm.shape[1]
-    pack = cache_hbm.shape[3]
-    bq, num_q_heads, head_dim = q_vmem.shape
-    bkv = kv_vmem.shape[1]
-    pages_per_block = bkv // page_size
-    group = num_q_heads // num_kv_heads
-    max_num_seqs = kv_lens_ref.shape[0]
-    pages_per_seq = page_indices_ref.shape[0] // max_num_seqs
+    call = _Call(
+        kv_lens_ref,
+        page_indices_ref,
+        cu_q_lens_ref,
+        distribution_ref,
+        q_hbm,
+        k_hbm,
+        v_hbm,
+        o_hbm,
+        cache_hbm,
+        sm_scale,
+        mask_value,
+        num_q_heads,
+        num_kv_heads,
+    )
+    _decode_pass(call, _Decode(*decode_scratch))
+    _prefill_pass(call, _Prefill(*prefill_scratch))
+    _zero_padding(call, _Prefill(*prefill_scratch))
 
-    seq = pl.program_id(0)
-    total = distribution_ref[2]
 
-    def copy(src, dst, sem):
-        return pltpu.make_async_copy(src, dst, sem)
-
-    def attend_sequence():
-        q_start = cu_q_lens_ref[seq]
-        q_end = cu_q_lens_ref[seq + 1]
-        q_len = q_end - q_start
-        kv_len = kv_lens_ref[seq]
-        first_page = seq * pages_per_seq
-
-        def page_of(index):
-            return page_indices_ref[first_page + index]
-
-        # 1. Every new token's keys and values go to their slot; attention reads them back from the cache.
-        def new_token_copy(token):
-            position = kv_len - q_len + token
-            return copy(
-                new_kv_hbm.at[q_start + token],
-                cache_hbm.at[page_of(position // page_size), position % page_size],
-                io_sem,
-            )
-
-        @pl.loop(0, q_len)
-        def _(token):
-            new_token_copy(token).start()
-
-        @pl.loop(0, q_len)
-        def _(token):
-            new_token_copy(token).wait()
-
-        # 2. One query block at a time against all KV blocks.
-        num_kv_blocks = pl.cdiv(kv_len, bkv)
-        num_pages = pl.cdiv(kv_len, page_size)
-
-        def for_each_page_copy(block, slot, do):
-            first = block * pages_per_block
-
-            @pl.loop(0, jnp.minimum(pages_per_block, num_pages - first))
-            def _(page):
-                do(
-                    copy(
-                        cache_hbm.at[page_of(first + page)],
-                        kv_vmem.at[slot, pl.ds(page * page_size, page_size)],
-                        kv_sems.at[slot],
-                    )
-                )
-
-        def start_fetch(block, slot):
-            for_each_page_copy(block, slot, lambda dma: dma.start())
-
-        def wait_fetch(block, slot):
-            for_each_page_copy(block, slot, lambda dma: dma.wait())
-
-        @pl.loop(0, pl.cdiv(q_len, bq))
-        def _(q_block):
-            row_start = q_start + q_block * bq
-            row_end = jnp.minimum(row_start + bq, q_end)
-            # The last block of the array would read past its end: shift the window back and ignore the rows before.
-            window = jnp.minimum(row_start, num_tokens - bq)
-
-            fetch_q = copy(q_hbm.at[pl.ds(window, bq)], q_vmem, io_sem)
-            fetch_q.start()
-            start_fetch(0, 0)
-            m_vmem[...] = jnp.full_like(m_vmem, mask_value)
-            l_vmem[...] = jnp.zeros_like(l_vmem)
-            acc_vmem[...] = jnp.zeros_like(acc_vmem)
-            fetch_q.wait()
-            for head in range(num_kv_heads):
-                q_rows_vmem[head] = q_vmem[:, head * group : (head + 1) * group, :].reshape(bq * group, head_dim)
-
-            @pl.loop(0, num_kv_blocks)
-            def _(block):
-                slot = jax.lax.rem(block, 2)
-
-                @pl.when(block + 1 < num_kv_blocks)
-                def _():
-                    start_fetch(block + 1, 1 - slot)
-
-                wait_fetch(block, slot)
-
-                rows = jax.lax.broadcasted_iota(jnp.int32, (bq * group, bkv), 0) // group
-                columns = jax.lax.broadcasted_iota(jnp.int32, (bq * group, bkv), 1) + block * bkv
-                q_positions = kv_len - q_len + window - q_start + rows
-                visible = columns <= q_positions
-                cached = jax.lax.broadcasted_iota(jnp.int32, (bkv, head_dim), 0) + block * bkv < kv_len
-
-                @pl.loop(0, num_kv_heads)
-                def _(head):
-                    q = q_rows_vmem[head]
-                    if pack == 1:
-                        k, v = kv_vmem[slot, :, 2 * head, 0, :], kv_vmem[slot, :, 2 * head + 1, 0, :]
-                    else:
-                        k, v = kv_vmem[slot, :, head, 0, :], kv_vmem[slot, :, head, 1, :]
-                    v = jnp.where(cached, v, jnp.zeros_like(v))  # slots past kv_len may hold NaN
-                    scores = jax.lax.dot_general(q, k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-                    scores = jnp.where(visible, scores * sm_scale, mask_value)
-                    m_old = m_vmem[head][:, :1]
-                    m_new = jnp.maximum(m_old, jnp.max(scores, axis=1, keepdims=True))
-                    p = jnp.exp(scores - m_new)
-                    alpha = jnp.exp(m_old - m_new)
-                    l_new = alpha * l_vmem[head][:, :1] + jnp.sum(p, axis=1, keepdims=True)
-                    pv = jax.lax.dot_general(
-                        p.astype(v.dtype), v, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32
-                    )
-                    acc_vmem[head] = alpha * acc_vmem[head] + pv
-                    m_vmem[head] = jnp.broadcast_to(m_new, (bq * group, LANES))
-                    l_vmem[head] = jnp.broadcast_to(l_new, (bq * group, LANES))
-
-            for head in range(num_kv_heads):
-                out = acc_vmem[head] / l_vmem[head][:, :1]
-                o_vmem[:, head * group : (head + 1) * group, :] = out.reshape(bq, group, head_dim).astype(o_vmem.dtype)
-
-            # A block that is all this sequence's own goes out whole, any other row by row.
-            whole = jnp.logical_and(window == row_start, row_end - row_start == bq)
-
-            @pl.when(whole)
-            def _():
-                store = copy(o_vmem, o_hbm.at[pl.ds(window, bq)], io_sem)
-                store.start()
-                store.wait()
-
-            @pl.when(jnp.logical_not(whole))
-            def _():
-                @pl.loop(row_start, row_end)
-                def _(row):
-                    copy(o_vmem.at[row - window], o_hbm.at[row], io_sem).start()
-
-                @pl.loop(row_start, row_end)
-                def _(row):
-                    copy(o_vmem.at[row - window], o_hbm.at[row], io_sem).wait()
-
-    pl.when(seq < total)(attend_sequence)
-
-    # 3. Rows past the last sequence are padding: zeros, so that the output is a function of the inputs.
-    @pl.when(seq == max_num_seqs - 1)
-    def _():
-        o_vmem[0] = jnp.zeros_like(o_vmem[0])
-
-        @pl.loop(cu_q_lens_ref[total], num_tokens)
-        def _(row):
-            zero = copy(o_vmem.at[0], o_hbm.at[row], io_sem)
-            zero.start()
-            zero.wait()
+def _padded_heads(num_heads, dtype):
+    """The next number of heads that fills words and whole tiles of them; what the models have needs no padding."""
+    heads_per_word = 4 // dtype.itemsize
+    words = -(-num_heads // heads_per_word)
+    return heads_per_word * (_align(words, 8) if words > 4 else 1 << (words - 1).bit_length())
 
 
 def ragged_paged_attention(
@@ -310,53 +786,86 @@ def ragged_paged_attention(
     num_tokens, num_q_heads, head_dim = queries.shape
     num_kv_heads = keys.shape[1]
     _, page_size, kv_rows, pack, padded_dim = kv_cache.shape
-    max_num_seqs = kv_lens.shape[0]
-    out_dtype = queries.dtype if out_dtype is None else out_dtype
+    out_dtype = jnp.dtype(queries.dtype if out_dtype is None else out_dtype)
     mask_value = DEFAULT_MASK_VALUE if mask_value is None else mask_value
     if not math.isfinite(mask_value):
         raise ValueError(f"mask_value must be finite, got {mask_value}")
 
-    pad_dim = ((0, 0), (0, 0), (0, padded_dim - head_dim))
-    q = jnp.pad(queries, pad_dim).astype(kv_cache.dtype)
-    new_kv = jnp.stack([jnp.pad(keys, pad_dim), jnp.pad(values, pad_dim)], axis=2)
-    new_kv = new_kv.reshape(num_tokens, 2 * num_kv_heads, padded_dim)
-    new_kv = jnp.pad(new_kv, ((0, 0), (0, kv_rows * pack - 2 * num_kv_heads), (0, 0)))
-    new_kv = new_kv.reshape(num_tokens, kv_rows, pack, padded_dim)
+    def padded(array):
+        heads = (0, _padded_heads(array.shape[1], array.dtype) - array.shape[1])
+        return jnp.pad(array, ((0, 0), heads, (0, padded_dim - head_dim)))
+
+    q = padded(queries.astype(kv_cache.dtype))
+    keys, values = padded(keys), padded(values)
+    heads, tiles = q.shape[1], padded_dim // LANES
 
     bq = min(Q_BLOCK_TOKENS, num_tokens)
     bkv = KV_BLOCK_PAGES * page_size
     group = num_q_heads // num_kv_heads
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     out, new_cache = pl.pallas_call(
-        functools.partial(_rpa_kernel, sm_scale=sm_scale, mask_value=mask_value, num_kv_heads=num_kv_heads),
+        functools.partial(
+            _rpa_kernel,
+            sm_scale=sm_scale,
+            mask_value=mask_value,
+            num_q_heads=num_q_heads,
+            num_kv_heads=num_kv_heads,
+        ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
-            grid=(max_num_seqs,),
-            in_specs=[hbm, hbm, hbm],
+            grid=(1,),
+            in_specs=[hbm, hbm, hbm, hbm],
             out_specs=[hbm, hbm],
             scratch_shapes=[
-                pltpu.VMEM((bq, num_q_heads, padded_dim), q.dtype),
-                pltpu.VMEM((num_kv_heads, bq * group, padded_dim), q.dtype),
-                pltpu.VMEM((bq, num_q_heads, padded_dim), out_dtype),
-                pltpu.VMEM((2, bkv, kv_rows, pack, padded_dim), kv_cache.dtype),
-                pltpu.VMEM((num_kv_heads, bq * group, LANES), jnp.float32),
-                pltpu.VMEM((num_kv_heads, bq * group, LANES), jnp.float32),
-                pltpu.VMEM((num_kv_heads, bq * group, padded_dim), jnp.float32),
-                pltpu.SemaphoreType.DMA((2,)),
-                pltpu.SemaphoreType.DMA,
+                (
+                    pltpu.VMEM((DECODE_BUFFERS, tiles, 1, heads, LANES), q.dtype),
+                    pltpu.VMEM((DECODE_BUFFERS, tiles, 1, keys.shape[1], LANES), kv_cache.dtype),
+                    pltpu.VMEM((DECODE_BUFFERS, tiles, 1, keys.shape[1], LANES), kv_cache.dtype),
+                    pltpu.VMEM((DECODE_BUFFERS, bkv, kv_rows, pack, padded_dim), kv_cache.dtype),
+                    pltpu.VMEM((heads, padded_dim), q.dtype),
+                    pltpu.VMEM((2, tiles, kv_rows, LANES), jnp.uint32),
+                    pltpu.VMEM((2, heads, padded_dim), out_dtype),
+                    pltpu.VMEM((heads, LANES), jnp.float32),
+                    pltpu.VMEM((heads, LANES), jnp.float32),
+                    pltpu.VMEM((heads, padded_dim), jnp.float32),
+                    pltpu.SemaphoreType.DMA((DECODE_BUFFERS,)),
+                    pltpu.SemaphoreType.DMA((2,)),
+                ),
+                (
+                    pltpu.VMEM((2, tiles, bq, heads, LANES), q.dtype),
+                    pltpu.VMEM((2, tiles, bq, keys.shape[1], LANES), kv_cache.dtype),
+                    pltpu.VMEM((2, tiles, bq, keys.shape[1], LANES), kv_cache.dtype),
+                    pltpu.VMEM((num_kv_heads, group * bq, padded_dim), q.dtype),
+                    pltpu.VMEM((tiles, bq * kv_rows, LANES), jnp.uint32),
+                    pltpu.VMEM((tiles, bq * heads * out_dtype.itemsize // 4, LANES), jnp.uint32),
+                    pltpu.VMEM((2, bkv, kv_rows, pack, padded_dim), kv_cache.dtype),
+                    pltpu.VMEM((num_kv_heads, group * bq, LANES), jnp.float32),
+                    pltpu.VMEM((num_kv_heads, group * bq, LANES), jnp.float32),
+                    pltpu.VMEM((num_kv_heads, group * bq, padded_dim), jnp.float32),
+                    pltpu.VMEM((group * bq, bkv), jnp.float32),
+                    pltpu.VMEM((group * bq, bkv), jnp.float32),
+                    pltpu.VMEM((group * bq, bkv), kv_cache.dtype),
+                    pltpu.VMEM((group * bq, bkv), kv_cache.dtype),
+                    pltpu.SemaphoreType.DMA((2,)),
+                    pltpu.SemaphoreType.DMA((2,)),
+                    pltpu.SemaphoreType.DMA,
+                    pltpu.SemaphoreType.DMA,
+                ),
             ],
         ),
         out_shape=[
-            jax.ShapeDtypeStruct((num_tokens, num_q_heads, padded_dim), out_dtype),
+            jax.ShapeDtypeStruct((num_tokens, heads, padded_dim), out_dtype),
             jax.ShapeDtypeStruct(kv_cache.shape, kv_cache.dtype),
         ],
-        input_output_aliases={6: 1},
+        input_output_aliases={7: 1},
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary",), vmem_limit_bytes=vmem_limit_bytes, disable_bounds_checks=True
+            dimension_semantics=("arbitrary",),
+            vmem_limit_bytes=vmem_limit_bytes or 64 * 2**20,
+            disable_bounds_checks=True,
         ),
         name=KERNEL_NAME,
-    )(kv_lens, page_indices, cu_q_lens, distribution, q, new_kv, kv_cache)
-    return out[:, :, :head_dim], new_cache
+    )(kv_lens, page_indices, cu_q_lens, distribution, q, keys, values, kv_cache)
+    return out[:, :num_q_heads, :head_dim], new_cache
 
 
 def _validate(queries, keys, values, kv_cache, kv_lens, page_indices, cu_q_lens, distribution):
@@ -604,7 +1113,7 @@ def get_tiling_meta(**workload):
     q_bytes = bq * NUM_Q_HEADS * HEAD_DIM * 2
     kv_bytes = bkv * 2 * NUM_KV_HEADS * HEAD_DIM * 2
     return {
-        "grid": (workload.get("num_seqs", 64),),
+        "grid": (1,),
         "buffers": [
             {"name": "q", "size_bytes": 2 * q_bytes, "double_buffered": False},
             {"name": "out", "size_bytes": q_bytes, "double_buffered": False},
