@@ -80,7 +80,7 @@ def _lane_tiles(width):
 
 def _interleave(call, k, v, words):
     """New keys and values ``[D / 128, n, Hkv, 128]`` in the cache's layout: `words` ``u32[D / 128, n * rows, 128]``."""
-    num_tiles, num_tokens, num_heads, _ = k.shape
+    num_tiles, num_tokens, *_ = k.shape
     rows = words.shape[1] // num_tokens
     for tile in range(num_tiles):
 
@@ -193,11 +193,11 @@ def _for_tiles(hbm, vmem, sem, do):
         do(pltpu.make_async_copy(hbm.at[:, :, lanes], vmem.at[tile], sem))
 
 
-def _for_pages(call, seq, block, kv_vmem, sem, do):
-    """`do(copy)` for each page of a KV block of a sequence that has cached tokens."""
+def _for_pages(call, seq, block, tokens, kv_vmem, sem, do):
+    """`do(copy)` for each page of a KV block that holds any of the first `tokens` tokens of a sequence."""
     bkv, page_size = kv_vmem.shape[0], call.page_size
     first = block * (bkv // page_size)
-    num_pages = pl.cdiv(call.kv_lens[seq], page_size)
+    num_pages = pl.cdiv(tokens, page_size)
 
     @pl.loop(0, jnp.minimum(bkv // page_size, num_pages - first))
     def _(page):
@@ -245,7 +245,7 @@ def _decode_pass(call, d):
             for hbm, ring in ((call.q_hbm, d.q_ring), (call.k_hbm, d.k_ring), (call.v_hbm, d.v_ring)):
                 _for_tiles(hbm.at[pl.ds(row, 1)], ring.at[slot], d.ring_sems.at[slot], do)
 
-        _for_pages(call, seq, block, d.kv_ring.at[slot], d.ring_sems.at[slot], do)
+        _for_pages(call, seq, block, call.kv_lens[seq], d.kv_ring.at[slot], d.ring_sems.at[slot], do)
 
     def fetch_next(ahead):
         """Starts the fetch of the block at `ahead` = (sequence, block, slot), if there is one; the one after it."""
@@ -430,7 +430,7 @@ def _prefill_pass(call, b):
 
         def start_following(slot):
             _for_new_tokens(call, b, item, lambda copy: copy.wait())  # the following item may read them
-            for_there()(lambda: _for_pages(call, following.seq, 0, b.kv.at[slot], b.kv_sems.at[slot], _start))
+            for_there()(lambda: _for_item_pages(call, b, following, 0, slot, _start))
 
         slot = _attend_item(call, b, item, slot, start_following)
         pl.when(before[0] >= 0)(lambda: _for_rows(call, b, _item(call, b, *before), lambda copy: copy.wait()))
@@ -447,7 +447,7 @@ def _prefill_pass(call, b):
     def _():
         item = _item(call, b, first, 0)
         _for_inputs(call, b, item, 0, _start)
-        _for_pages(call, first, 0, b.kv.at[0], b.kv_sems.at[0], _start)
+        _for_item_pages(call, b, item, 0, 0, _start)
 
     none = jnp.int32(-1)
     *_, before = jax.lax.while_loop(lambda state: state[0] < total, attend, (first, zero, zero, zero, (none, zero)))
@@ -510,7 +510,6 @@ def _output_tiles(call, b):
 
 def _begin_item(call, b, item, parity):
     _interleave(call, b.k.at[parity], b.v.at[parity], b.new)
-    _for_new_tokens(call, b, item, _start)
     heads_per_word = 4 // b.q.dtype.itemsize
     for word in range(call.q_hbm.shape[1] // heads_per_word):
         for head, rows in enumerate(_heads_of_word(b.q.at[parity], word), word * heads_per_word):
@@ -518,18 +517,25 @@ def _begin_item(call, b, item, parity):
                 b.q_rows[_rows_of(call, b, head)] = rows
 
 
+def _for_item_pages(call, b, item, block, slot, do):
+    """`do(copy)` for each page of a KV block with tokens from before the item's own, which it brings itself."""
+    _for_pages(call, item.seq, block, item.position, b.kv.at[slot], b.kv_sems.at[slot], do)
+
+
 def _attend_item(call, b, item, slot, start_following):
     """The item against all KV blocks that it sees, the first of which is on its way to `slot`; the slot after them."""
     bkv = b.kv.shape[1]
     last = pl.cdiv(item.end, bkv) - 1
+    first_new = item.position // bkv  # a page there may hold old tokens too, and is read before it is written
 
     def step(block, slot):
         def start_next():
-            _for_pages(call, item.seq, block + 1, b.kv.at[1 - slot], b.kv_sems.at[1 - slot], _start)
+            _for_item_pages(call, b, item, block + 1, 1 - slot, _start)
 
         pl.when(block < last)(start_next)
+        _for_item_pages(call, b, item, block, slot, lambda copy: copy.wait())
+        pl.when(block == first_new)(lambda: _for_new_tokens(call, b, item, _start))
         pl.when(block == last)(lambda: start_following(1 - slot))
-        _for_pages(call, item.seq, block, b.kv.at[slot], b.kv_sems.at[slot], lambda copy: copy.wait())
 
         # What the item brings itself is on its way to the cache only.
         @pl.loop(jnp.maximum(item.position, block * bkv), jnp.minimum(item.end, (block + 1) * bkv))
@@ -537,7 +543,7 @@ def _attend_item(call, b, item, slot, start_following):
             for lanes, new in _tiles_as_cache(b.new, call.cache_hbm):
                 b.kv[slot, token - block * bkv, :, :, lanes] = new[token - item.position + item.skipped]
 
-        tokens = call.kv_lens[item.seq] - block * bkv
+        tokens = item.end - block * bkv
         _prefill_block(call, b, slot, item.position - item.skipped - block * bkv, tokens)
         return 1 - slot
 
