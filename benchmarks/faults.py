@@ -41,17 +41,22 @@ def outcome(folder: Path, note: str) -> str:
     return rows.get(note, "not begun, or undone")
 
 
+def new_repository(place: Path) -> tuple[Path, dict[str, int], float]:
+    """A repository with a baseline, the exit codes that were reported there, and the seconds that it took."""
+    folder = fake.make_repository(place)
+    started = time.monotonic()
+    reported = {"baseline": fake.run(folder, "baseline")}
+    return folder, reported, time.monotonic() - started
+
+
 def random_kills(count: int, draw: random.Random, place: Path) -> None:
     seen: collections.Counter[str] = collections.Counter()
     for number in range(count):
         if number % AFRESH == 0:
-            folder, reported = fake.make_repository(place / f"kills {number}"), {}
-            started = time.monotonic()
-            reported["baseline"] = fake.run(folder, "baseline")
-            span = 1.2 * (time.monotonic() - started)
+            folder, reported, seconds = new_repository(place / f"kills {number}")
         fake.edit(folder, draw.choice([0, 8, 64 + number]), f" {number}")
         pid = fake.start(folder, f"killed {number}")
-        time.sleep(draw.uniform(0, span))
+        time.sleep(draw.uniform(0, 1.2 * seconds))
         fake.kill(pid, with_children=number % 2 == 1)
         code = fake.run(folder, f"next {number}")
         told = fake.said(folder)
@@ -91,14 +96,11 @@ def candidates_killed(count: int, draw: random.Random, place: Path) -> None:
     seen: collections.Counter[str] = collections.Counter()
     for number in range(count):
         if number % AFRESH == 0:
-            folder, reported = fake.make_repository(place / f"candidates {number}"), {}
-            started = time.monotonic()
-            reported["baseline"] = fake.run(folder, "baseline")
-            span = 4 * (time.monotonic() - started)
+            folder, reported, seconds = new_repository(place / f"candidates {number}")
         blocks = {name: draw.choice([0, 8, 64 + number, 65 + number]) for name in "abcd"}
         texts = {f"{number} {name}": fake.kernel(block, f" {number} {name}") for name, block in blocks.items()}
         pid = fake.start_several(folder, texts, jobs=draw.choice([1, 2, 4]))
-        time.sleep(draw.uniform(0, span))
+        time.sleep(draw.uniform(0, 4 * seconds))
         if number % 3 == 0 and (begun := fake.children(pid)):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(draw.choice(begun), signal.SIGKILL)

@@ -67,6 +67,15 @@ class Project:
     def ratchet(self, *arguments: str, **environment: str) -> Done:
         return run("./ratchet.sh", *arguments, folder=self.folder, **environment)
 
+    def refuses(self, *arguments: str, told: str) -> None:
+        """./ratchet.sh cannot judge, says why without a traceback, and changes nothing."""
+        before = self.state()
+        done = self.ratchet(*arguments)
+        assert done.code == 2
+        assert told in done.err
+        assert "Traceback" not in done.err
+        assert self.state() == before
+
     def prepare(self, *arguments: str, **environment: str) -> Done:
         return run(".venv/bin/python", "prepare.py", *arguments, folder=self.folder, **environment)
 

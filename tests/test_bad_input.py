@@ -245,12 +245,7 @@ def test_keep_does_not_empty_a_folder_of_the_users(judge_file, variant, tmp_path
     ],
 )
 def test_ratchet_usage(project, arguments, told):
-    before = project.state()
-    done = project.ratchet(*arguments)
-    assert done.code == 2
-    assert told in done.err
-    assert "Traceback" not in done.err
-    assert project.state() == before
+    project.refuses(*arguments, told=told)
 
 
 def test_help():
