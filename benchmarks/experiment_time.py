@@ -2,8 +2,9 @@
 
     .venv/bin/python benchmarks/experiment_time.py [--kernel FILE] [--chip CHIP] [--runs N]
 
-Judges the kernel in a dry run, N times, and prints the median of each stage. Memory is the largest sum over the
-judge's processes at any one moment, sampled from /proc every 50 ms.
+Judges the kernel in a dry run, N times, and prints the median of each stage. "own" is the time in which no program was
+traced, lowered, compiled, run or executed: what the judge's processes, inputs, reference and comparisons add. Memory is
+the largest sum over the judge's processes at any one moment, sampled from /proc every 50 ms.
 """
 
 import argparse
@@ -59,7 +60,12 @@ def judge_once(kernel: Path, chip: str) -> tuple[dict[str, float], float, int, s
         done.set()
         sampler.join()
     verdict = json.loads(output.splitlines()[-1])
-    return verdict["stage_seconds"], time.monotonic() - started, peak, verdict["status"]
+    return (
+        verdict["stage_seconds"] | {"own": verdict["own_seconds"]},
+        time.monotonic() - started,
+        peak,
+        verdict["status"],
+    )
 
 
 def main() -> None:

@@ -48,7 +48,7 @@ def run(cases: list[cheats.Case], jobs: int) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--class", dest="classes", action="append", choices=(*cheats.CLASSES, "honest"))
-    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1) // 2))
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
     if options.jobs < 1:
         parser.error("--jobs must be at least 1")

@@ -53,6 +53,7 @@ def compile_all(request: dict[str, Any]) -> dict[str, Any]:
     from jax.sharding import SingleDeviceSharding
 
     from judge import jax_shims
+    from judge.worker import work
 
     jax_shims.check_version()
     out = Path(request["out"])
@@ -64,7 +65,7 @@ def compile_all(request: dict[str, Any]) -> dict[str, Any]:
         try:
             exported = export.deserialize(bytearray(Path(workload["artifact"]).read_bytes()))
             shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=sharding) for aval in exported.in_avals]
-            with jax_shims.on_chip(device):
+            with jax_shims.on_chip(device), work():
                 function = jax.jit(exported.call, donate_argnums=tuple(workload["donated"]))
                 compiled = function.lower(*shapes).compile()
         except jax.errors.JaxRuntimeError as error:

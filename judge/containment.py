@@ -12,6 +12,7 @@ import ctypes
 import os
 import platform
 import resource
+import signal
 import struct
 import sys
 from collections.abc import Sequence
@@ -34,7 +35,8 @@ _CLONE_NEWUSER, _CLONE_NEWNET, _CLONE_NEWIPC = 0x10000000, 0x40000000, 0x0800000
 _AUDIT_ARCH_X86_64 = 0xC000003E
 _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446
 _READ = 1 << 0 | 1 << 2 | 1 << 3  # execute, read a file, list a folder
-_PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _PR_SET_DUMPABLE = 38, 22, 4
+_PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _PR_SET_DUMPABLE = 1, 38, 22, 4  # of linux/prctl.h
+MAX_FILE_BYTES = 8 << 30
 MAX_DATA_BYTES = 16 << 30
 MAX_OPEN_FILES = 512
 MAX_LOG_BYTES = 16 << 20
@@ -64,6 +66,21 @@ class Need:
 
 def _landlock_version() -> int:
     return int(_libc.syscall(_LANDLOCK_CREATE, None, 0, 1))
+
+
+def end_with_parent(parent: int) -> None:
+    """For a process that was just started by process `parent`: it is killed as soon as that one ends."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def limit() -> None:
+    """For a process that was just started: what every process of the judge is held to."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (MAX_FILE_BYTES, MAX_FILE_BYTES))
 
 
 def missing() -> list[str]:

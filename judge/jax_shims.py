@@ -4,6 +4,7 @@ Remove a shim when the version that is pinned no longer shows its symptom.
 """
 
 import dataclasses
+import importlib
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -24,7 +25,17 @@ COMPILE_ENVIRONMENT = {
 
 # XLA's CPU pipeline otherwise widens a whole bfloat16 buffer to float32 around every dynamic slice of it: a page fetch
 # then copies the cache, and a check takes a hundred times as long. LLVM handles bfloat16 natively.
-CPU_COMPILER_OPTIONS: dict[str, str | bool] = {"xla_disable_hlo_passes": "float-normalization-bf16"}
+CPU_COMPILER_OPTIONS: dict[str, Any] = {"xla_disable_hlo_passes": "float-normalization-bf16"}
+HASTE_BYTES = 4 << 20  # of inputs: with more, optimised code saves more time than it takes to make
+
+
+# What tracing, lowering, the interpreters and the compiler import when they first need it.
+_LOADED = (
+    *("jax.export", "jax.extend", "jax.experimental.topologies", "jax.experimental.multihost_utils"),
+    *("jax.experimental.pallas.tpu", "jax.experimental.pallas.mosaic_gpu", "jaxlib.mlir.dialects.mhlo"),
+    *("jax._src.pallas.mosaic.pallas_call_registration", "jax._src.pallas.mosaic.sc_lowering"),
+    *("absl.logging", "scipy.linalg"),
+)
 
 
 def check_version() -> None:
@@ -44,6 +55,12 @@ def patch_interpreter() -> None:
     setattr(literals.TypedInt, "shape", ())  # noqa: B010
 
 
+def load() -> None:
+    """Imports what the stages need of jax, and starts none of it."""
+    for name in _LOADED:
+        importlib.import_module(name)
+
+
 def topology_device(topology: str) -> Any:
     """A compile-only device of the named topology, e.g. ``v5e:2x2``."""
     from jax.experimental import topologies
@@ -61,11 +78,83 @@ def on_chip(device: Any) -> Any:
 
 
 PALLAS_CALLS = ("pallas_call", "core_map", "mpmd_map")
+_PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
 
 
 def interpreted(closed_jaxpr: Any) -> Any:
     """The same jaxpr with every Pallas kernel, however deep, switched to the interpreter that lowers to XLA."""
     return _with_interpreter(closed_jaxpr, True, frozenset())
+
+
+def rounds_operands(closed_jaxpr: Any) -> bool:
+    """Whether a float32 product in it, however deep, is one pass of bfloat16 operands on the chip."""
+    found: list[Any] = []
+
+    def visit(equation: Any) -> None:
+        if _is_rounded(equation):
+            found.append(equation)
+
+    _walk(closed_jaxpr, visit)
+    return bool(found)
+
+
+def _is_rounded(equation: Any) -> bool:
+    """HIGH and HIGHEST, for both operands, take more passes; of anything else, the default's one is taken."""
+    from jax import lax
+
+    if equation.primitive.name not in _PRODUCTS:
+        return False
+    precision = equation.params["precision"]
+    fine = (lax.Precision.HIGH, lax.Precision.HIGHEST)
+    both = precision if isinstance(precision, tuple) else (precision, precision)
+    return any(str(atom.aval.dtype) == "float32" for atom in equation.invars[:2]) and not all(p in fine for p in both)
+
+
+def rounding_operands(closed_jaxpr: Any) -> Any:
+    """The same jaxpr with the float32 operands of such products rounded to bfloat16 first.
+
+    Symptom without: the CPU computes exactly what the chip, at default precision, makes in one pass.
+    """
+    from jax._src import core
+    from jax._src.lax import lax
+
+    def rounded(atom: Any, equation: Any, before: list[Any]) -> Any:
+        if str(atom.aval.dtype) != "float32":
+            return atom
+        result = core.Var(atom.aval)
+        parameters = {"exponent_bits": 8, "mantissa_bits": 7}
+        before.append(
+            core.new_jaxpr_eqn(
+                [atom], [result], lax.reduce_precision_p, parameters, core.no_effects, equation.source_info
+            )
+        )
+        return result
+
+    def change(equation: Any) -> list[Any]:
+        before: list[Any] = []
+        if _is_rounded(equation):
+            operands = [rounded(atom, equation, before) for atom in equation.invars[:2]]
+            equation = equation.replace(invars=[*operands, *equation.invars[2:]])
+        return [*before, equation]
+
+    return _rebuilt(closed_jaxpr, change)
+
+
+def _rebuilt(value: Any, change: Callable[[Any], list[Any]]) -> Any:
+    """A jaxpr, or a parameter that holds some, with each equation however deep replaced by `change(equation)`."""
+    from jax._src import core
+
+    if isinstance(value, core.ClosedJaxpr):
+        return value.replace(jaxpr=_rebuilt(value.jaxpr, change))
+    if isinstance(value, core.Jaxpr):
+        equations = []
+        for equation in value.eqns:
+            params = {name: _rebuilt(parameter, change) for name, parameter in equation.params.items()}
+            equations += change(equation.replace(params=params))
+        return value.replace(eqns=equations)
+    if isinstance(value, tuple | list) and any(isinstance(v, core.ClosedJaxpr | core.Jaxpr) for v in value):
+        return type(value)(_rebuilt(v, change) for v in value)
+    return value
 
 
 def strict(closed_jaxpr: Any) -> Any:
@@ -254,13 +343,19 @@ def donated_arguments(closed_jaxpr: Any, num_arguments: int) -> tuple[int, ...]:
     return tuple(i for i in found if i < num_arguments)
 
 
+def in_haste(arrays: Sequence[Any]) -> dict[str, Any]:
+    """Compiler options for a CPU program with these inputs: small ones run for less time than LLVM would take."""
+    size = sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
+    return {"xla_backend_optimization_level": 0} if size < HASTE_BYTES else {}
+
+
 def compile_cpu(function: Any, avals: Sequence[Any], donated: tuple[int, ...]) -> Any:
     """The CPU executable of an exported program; falls back to XLA's default passes where it needs them."""
     import jax
 
     lowered = jax.jit(function, donate_argnums=donated).lower(*avals)
     try:
-        return lowered.compile(compiler_options=CPU_COMPILER_OPTIONS)
+        return lowered.compile(compiler_options=CPU_COMPILER_OPTIONS | in_haste(avals))
     except jax.errors.JaxRuntimeError:
         return lowered.compile()
 

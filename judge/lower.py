@@ -1,10 +1,11 @@
-"""Traced programs → the two that are judged: one for the chip, and the same for the CPU. Runs no kernel file.
+"""A traced program → the two that are judged: one for the chip, and the same for the CPU. Runs no kernel file.
 
     python -I lower.py REQUEST.json
 
-From the one jaxpr of a workload that the worker handed over come the TPU lowering, which is compiled and timed, and
-the same jaxpr with every pallas_call interpreted, lowered for the CPU, which is checked (not where only figures are
-asked for). What would make one differ from the other, or hide work from both, is FAIL_CONTRACT here.
+From the one jaxpr that the worker handed over for a workload come the TPU lowering, which is compiled and timed, and
+the same jaxpr with every pallas_call interpreted and its float32 products as coarse as the chip's, lowered for the CPU,
+which is checked (not where only figures are asked for). What would make one differ from the other, or hide work from
+both, is FAIL_CONTRACT here.
 """
 
 import json
@@ -69,49 +70,38 @@ def check_program(program: Any, inputs: list[dict[str, Any]], *, flops: float, n
 
 
 def lower(request: dict[str, Any]) -> dict[str, Any]:
-    """Artifacts of every workload. Raises Refusal."""
+    """The workload's artifacts, one a platform, and which arguments it donates. Raises Refusal."""
     import jax
     from jax import export
     from jax.extend import core
 
     from judge import jax_shims, wire
-    from judge.worker import where
+    from judge.worker import where, work
 
     out, kernel = Path(request["out"]), Path(request["kernel"])
-    device = jax_shims.topology_device(request["topology"])
-    results = {}
-    for name, workload in request["workloads"].items():
+    with jax_shims.on_chip(jax_shims.topology_device(request["topology"])):
         try:
-            with jax_shims.on_chip(device):
-                program = wire.loads(Path(workload["program"]).read_bytes())
+            program = wire.loads(Path(request["program"]).read_bytes())
         except wire.WireError as error:
-            raise Refusal("FAIL_CRASH", f"workload {name}: {error}") from error
-        shapes = [jax.ShapeDtypeStruct(tuple(array["shape"]), array["dtype"]) for array in workload["inputs"]]
-        try:
-            check_program(program, workload["inputs"], flops=workload["flops"], needs_pallas=request["needs_pallas"])
-        except Refusal as refusal:
-            raise Refusal(refusal.status, f"workload {name}: {refusal}") from None
+            raise Refusal("FAIL_CRASH", str(error)) from error
+        check_program(program, request["inputs"], flops=request["flops"], needs_pallas=request["needs_pallas"])
+        shapes = [jax.ShapeDtypeStruct(tuple(array["shape"]), array["dtype"]) for array in request["inputs"]]
         donated = jax_shims.donated_arguments(program, len(shapes))
 
-        def write(closed: Any, platform: str, donated: Any = donated, shapes: Any = shapes, name: str = name) -> None:
+        def write(closed: Any, platform: str, what: str) -> None:
             function = jax.jit(core.jaxpr_as_fun(closed), donate_argnums=donated)
-            data = export.export(function, platforms=[platform])(*shapes).serialize()
-            (out / f"{name}.{platform}").write_bytes(bytes(data))
+            try:
+                with work():
+                    data = export.export(function, platforms=[platform])(*shapes).serialize()
+            except Exception as error:
+                raise Refusal("FAIL_COMPILE", f"{what}: {where(error, kernel)}") from error
+            (out / platform).write_bytes(bytes(data))
 
-        with jax_shims.on_chip(device):
-            try:
-                write(program, "tpu")
-            except Exception as error:
-                raise Refusal("FAIL_COMPILE", f"workload {name}: TPU lowering: {where(error, kernel)}") from error
-            try:
-                if "cpu" in request["platforms"]:
-                    write(jax_shims.interpreted(program), "cpu")
-            except Exception as error:
-                raise Refusal(
-                    "FAIL_COMPILE", f"workload {name}: lowering for the CPU, to be checked: {where(error, kernel)}"
-                ) from error
-        results[name] = {"donated": list(donated)}
-    return {"status": "PASS", "workloads": results}
+        write(program, "tpu", "TPU lowering")
+        if "cpu" in request["platforms"]:
+            checked = jax_shims.interpreted(jax_shims.rounding_operands(program))
+            write(checked, "cpu", "lowering for the CPU, to be checked")
+    return {"status": "PASS", "donated": list(donated)}
 
 
 def main() -> None:
@@ -127,7 +117,7 @@ def main() -> None:
     try:
         result = lower(request)
     except Refusal as refusal:
-        result = {"status": refusal.status, "reason": str(refusal)}
+        result = {"status": refusal.status, "reason": f"workload {request['workload']}: {refusal}"}
     write_result(request, result)
 
 

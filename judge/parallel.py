@@ -27,10 +27,11 @@ from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import IO, Any, TextIO
 
+from judge.containment import end_with_parent
 from judge.experiment import Experiment, Outcome, check_note, find_lineage, judge_and_record
 from judge.lock import Refused, say
 from judge.repository import Repository
-from judge.sandbox import ENDING, end_with_parent
+from judge.sandbox import ENDING
 from judge.transaction import Transaction
 
 JUDGING_BYTES = 4 << 30  # of memory: benchmarks/experiment_time.py, the kernel of this repository on v5e

@@ -8,6 +8,7 @@ process imports none of them.
 
 import hashlib
 import json
+import math
 import os
 import secrets
 import shutil
@@ -23,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from judge import channel, contract, decide, expected, identity, roofline
+from judge import channel, contract, decide, expected, identity, roofline, sandbox
 from judge.chips import Chip
 from judge.llo.execute import ExecutionError
 from judge.llo.machine import load_machine
@@ -34,6 +35,7 @@ from judge.measure import manager
 from judge.policy import NO_PALLAS
 from judge.sandbox import Process
 
+PROGRAM = "program.jaxpr"
 MOSAIC_CALL = 'custom_call_target="tpu_custom_call"'
 HERE = Path(__file__).resolve().parent
 ROOT = identity.root_of(HERE.parent / "prepare.py")
@@ -93,6 +95,7 @@ class Verdict:
     champion_ms: dict[str, float] = field(default_factory=dict)  # chip mode: the champion's times in this very run
     seconds: float = 0.0
     stage_seconds: dict[str, float] = field(default_factory=dict)
+    own_seconds: float = 0.0  # in which no program was traced, lowered, compiled, run or executed: the judge's price
 
     def as_json(self) -> dict[str, Any]:
         """The object that --json prints."""
@@ -107,6 +110,7 @@ class Verdict:
             "program_sha256": self.program_sha256 or None,
             "workloads": {name: asdict(f) | self.facts.get(name, {}) for name, f in self.workloads.items()},
             "stage_seconds": self.stage_seconds,
+            "own_seconds": self.own_seconds,
             "seconds": self.seconds,
         }
         return result
@@ -121,9 +125,11 @@ class Judging:
         self.progress = progress
         self.stage_seconds: dict[str, float] = {}
         self.costs: dict[str, ModuleCost] = {}
+        self._work: list[tuple[float, float]] = []  # from, to
         self._secret = 0
         self._platforms: tuple[str, ...] = ("tpu", "cpu")
         self.champion_ms: dict[str, float] = {}  # chip mode: the champion's times in this very run
+        sandbox.prepare()
 
     def run(self, is_known: Callable[[str], str | None] = lambda program: None) -> Verdict:
         """Runs every stage. `is_known(program_sha256)` says why a program need not be judged again, or None.
@@ -155,6 +161,7 @@ class Judging:
             verdict.status, verdict.reason = failure.status, str(failure)
         verdict.seconds = time.monotonic() - started
         verdict.stage_seconds = self.stage_seconds
+        verdict.own_seconds = verdict.seconds - _covered(self._work)
         return verdict
 
     # --- stages ---
@@ -167,6 +174,12 @@ class Judging:
             yield
         finally:
             self.stage_seconds[name] = self.stage_seconds.get(name, 0.0) + time.monotonic() - started
+
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self._work.append((started, time.monotonic()))
 
     def _describe(self) -> dict[str, Any]:
         with self._stage("inputs", "inputs: shapes, lengths and bounds"):
@@ -187,34 +200,45 @@ class Judging:
         inputs = {name: workload["inputs"] for name, workload in described.items()}
         request: dict[str, Any] = {"kernel": str(kernel), "topology": self.task.chip.topology, "workloads": inputs}
         message = self._handed_over(folder, request, list(described))
-        lowered = self._subfolder(f"{label}-lowered")  # no kernel file runs with a way to write here
-        programs = {}
-        for number, (name, data) in enumerate(message.programs.items()):
-            path = lowered / f"{number}.jaxpr"
-            path.write_bytes(data)
-            flops, shapes = described[name]["flops"], described[name]["inputs"]
-            programs[name] = {"program": str(path), "inputs": shapes, "flops": flops}
-        request = {
-            "kernel": str(kernel),
+        traced: dict[str, Any] = {}
+        lowering = {
+            name: self._lower(self._subfolder(f"{label}-{name}"), name, message.programs[name], workload, request)
+            for name, workload in described.items()
+        }
+        try:
+            for name, started in lowering.items():
+                donated = self._finish(started, self.task.limits.trace_seconds)["donated"]
+                lowered = {platform: str(started[1] / platform) for platform in self._platforms}
+                program = str(started[1] / PROGRAM)
+                traced[name] = {"tree": message.trees[name], "donated": donated, "program": program, **lowered}
+        finally:
+            for process, _ in lowering.values():
+                process.kill()
+        return traced
+
+    def _lower(
+        self, folder: Path, name: str, program: bytes, workload: dict[str, Any], request: dict[str, Any]
+    ) -> tuple[Process, Path]:
+        """Starts the lowering of one workload's program, in a folder that no kernel file has a way to write."""
+        (folder / PROGRAM).write_bytes(program)
+        asked = {
+            "kernel": request["kernel"],
             "topology": request["topology"],
-            "workloads": programs,
+            "workload": name,
+            "program": str(folder / PROGRAM),
+            "inputs": workload["inputs"],
+            "flops": workload["flops"],
             "needs_pallas": NO_PALLAS not in self.task.sealed.needs,
             "platforms": self._platforms,
         }
-        result = self._finish(self._start("lower.py", lowered, request), self.task.limits.trace_seconds)
-        artifacts = {name: {p: str(lowered / f"{name}.{p}") for p in self._platforms} for name in described}
-        return {
-            name: {"donated": result["workloads"][name]["donated"], "tree": message.trees[name]}
-            | {"program": programs[name]["program"]}
-            | artifacts[name]
-            for name in described
-        }
+        return self._start("lower.py", folder, asked)
 
     def _handed_over(self, folder: Path, request: dict[str, Any], names: list[str]) -> channel.Message:
         """What the worker reports. Raises Failed where there is nothing, or it is not what worker.py sends."""
         pipe = os.pipe()
         process, _ = self._start("worker.py", folder, {**request, "channel": pipe[1]}, pipe)
-        finished = process.wait(self.task.limits.trace_seconds)
+        with self._working():
+            finished = process.wait(self.task.limits.trace_seconds)
         stage = _STAGE_OF["worker.py"]
         if finished.timed_out:
             limit = self.task.limits.trace_seconds
@@ -307,10 +331,10 @@ class Judging:
 
     def _time(self, described: dict[str, Any], traced: dict[str, Any], verdict: Verdict) -> None:
         if self.task.mode == "model":
-            with self._stage("cycles", "cycles: executing the final schedule"):
+            with self._stage("cycles", "cycles: executing the final schedule"), self._working():
                 seconds = self._predict(traced, verdict)
         else:
-            with self._stage("measure", "measure: timed calls on the device"):
+            with self._stage("measure", "measure: timed calls on the device"), self._working():
                 seconds = self._measure(described, traced)
         for name, workload in described.items():
             self._account(name, seconds[name], workload, verdict)
@@ -420,9 +444,7 @@ class Judging:
     ) -> tuple[Process, Path]:
         path = folder / "request.json"
         path.write_text(json.dumps({**request, "out": str(folder)}))
-        environment = {"TMPDIR": str(folder)} | _REUSE_MEMORY
-        process = Process(HERE / script, [str(path)], folder=folder, environment=environment, pipe=pipe)
-        return process, folder
+        return Process(HERE / script, [str(path)], folder=folder, pipe=pipe), folder
 
     def _finish(self, started: tuple[Process, Path], limit_seconds: float) -> dict[str, Any]:
         """The stage's result; raises Failed or CannotJudge where there is none or it is bad."""
@@ -452,7 +474,17 @@ class Judging:
         if status != decide.PASS:
             known = status in decide.FAILURES
             raise Failed(str(status) if known else "FAIL_CRASH", reason if known else f"{script} reports no verdict")
+        self._work += [(start, end) for start, end in result["work"]]
         return result
+
+
+def _covered(spans: list[tuple[float, float]]) -> float:
+    """Seconds in at least one of the spans (from, to)."""
+    total, reached = 0.0, -math.inf
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
 
 
 def _read_result(path: Path) -> dict[str, Any] | None:
@@ -463,9 +495,6 @@ def _read_result(path: Path) -> dict[str, Any] | None:
         return None
     return result if isinstance(result, dict) else None
 
-
-# Gigabyte arrays come and go in the checks: memory that is given back each time is zeroed by the kernel each time.
-_REUSE_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(8 << 30), "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}
 
 _STAGE_OF = {
     "worker.py": "importing and tracing the kernel file",

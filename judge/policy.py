@@ -56,16 +56,17 @@ _EXCEPT = {
     "jax.nn": "dot_product_attention initializers scaled_dot_general scaled_matmul",
     "jax.tree_util": """default_registry register_dataclass register_pytree_node register_pytree_node_class
         register_pytree_with_keys register_pytree_with_keys_class register_static""",
-    "jax.experimental.pallas": """debug_check debug_print enable_debug_checks enable_poison_buffers lower_as_mlir
-        pallas_export_experimental semaphore_read""",
+    "jax.experimental.pallas": """debug_check debug_print enable_debug_checks enable_poison_buffers fuser lower_as_mlir
+        mosaic_gpu ops pallas_export_experimental semaphore_read tpu_sc triton""",
     "jax.experimental.pallas.tpu": """InterpretParams LoweringException core force_tpu_interpret_mode
         reset_tpu_interpret_mode_state set_tpu_interpret_mode trace_value""",
     "numpy": """DataSource ScalarType bmat from_dlpack fromfile frompyfunc fromregex genfromtxt get_include info load
         loadtxt memmap nested_iters nditer save savetxt savez savez_compressed sctypeDict set_printoptions setbufsize
         seterr seterrcall show_config show_runtime test typecodes char core ctypeslib dtypes emath exceptions f2py lib
-        ma polynomial rec strings testing typing""",
-    "numpy.random": "bit_generator mtrand set_bit_generator test",
-    "numpy.linalg": "test",
+        ma polynomial rec strings testing typing conftest distutils matlib matrixlib tests version""",
+    "numpy.random": "bit_generator mtrand set_bit_generator test tests",
+    "numpy.linalg": "lapack_lite test tests",
+    "numpy.fft": "test tests",
 }
 _ALLOWED = {module: _words(names) for module, names in _ONLY.items()}
 _REFUSED = {module: _words(names) for module, names in _EXCEPT.items()}

@@ -17,6 +17,7 @@ from judge.races import place_of
 if TYPE_CHECKING:
     from judge.follow import Routine
 
+MOST_FOUND = 1000  # places that a region remembers
 Part = tuple[bool, int, int | None, int]  # is a slice, numbers of the values that start it and size it, its step
 
 
@@ -122,10 +123,23 @@ class Region:
                 self.seen.append(("index", _parts(routine, transform)))
             else:
                 self.indexers.append(_parts(routine, transform))
+        parts = [part for indexer in self.indexers for part in indexer]
+        parts += [part for kind, what in self.seen if kind == "index" for part in what]
+        self._slots = [slot for _, start, size, _ in parts for slot in (start, size) if slot is not None]
+        self._found: dict[Any, Found] = {}
 
     def find(self, env: list[Any]) -> Found:
         """Where it is for these values. Raises Broken."""
         buffer: Buffer = env[self.slot]
+        key = (buffer, *(env[slot] if isinstance(env[slot], int) else None for slot in self._slots))
+        found = self._found.get(key)
+        if found is None:
+            found = self._found[key] = self._locate(env, buffer)
+            if len(self._found) > MOST_FOUND:
+                self._found.clear()
+        return found
+
+    def _locate(self, env: list[Any], buffer: Buffer) -> Found:
         low, high = [0] * len(buffer.shape), list(buffer.shape)
         strides, open_axes, known = [1] * len(low), list(range(len(low))), True
         for indexer in self.indexers:

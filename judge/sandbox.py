@@ -1,29 +1,28 @@
 """How a stage's process is contained, started, limited and ended.
 
-Covered: a fresh isolated interpreter (`-I`), an environment with nothing of the user's, a private temporary folder, a
-process group that is killed whole, an end with the judge however that ends, a wall-clock limit, a limit on written
-files and on core dumps, a pipe of its own for what it hands over. What a process that runs a kernel file gives up
-besides (files, network, other processes, memory) is containment.py.
+Covered: a fresh isolated interpreter (`-I`), or a fork of one that has only imported jax (nursery.py), an environment
+with nothing of the user's, a private temporary folder, a process group that is killed whole, an end with the judge
+however that ends, a wall-clock limit, a limit on written files and on core dumps, a pipe of its own for what it hands
+over. What a process that runs a kernel file gives up besides (files, network, other processes, memory) is
+containment.py.
 """
 
 import contextlib
-import ctypes
 import os
-import resource
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from judge import channel
+from judge import channel, containment, nursery
 
-MAX_FILE_BYTES = 8 << 30
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_LIBC = ctypes.CDLL(None)
-_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 _KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR")
+# Gigabyte arrays come and go in the checks: memory that is given back each time is zeroed by the kernel each time.
+_REUSE_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(8 << 30), "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,32 +44,22 @@ class Process:
         arguments: list[str],
         *,
         folder: Path,
-        environment: dict[str, str],
+        environment: dict[str, str] | None = None,
         pipe: tuple[int, int] | None = None,
+        own_interpreter: bool = False,
     ) -> None:
-        """Starts `script`; of `pipe`, it inherits the writing end, and the reading end is read from now on."""
+        """Starts `script`; of `pipe`, it inherits the writing end, and the reading end is read from now on.
+
+        `own_interpreter`: with `environment` from its first moment, not as a fork from the nursery.
+        """
         self.name = script.name
         self._received: list[bytes] = []
         self._reader = threading.Thread(target=self._receive, args=pipe[:1], daemon=True) if pipe else None
         self._log = folder / f"{script.stem}.log"
-        clean = {name: os.environ[name] for name in _KEPT if name in os.environ}
-        with self._log.open("wb") as log:
-            # What a signal handler raises while Python forks is printed and lost, so signals wait.
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
-            try:
-                self._process = subprocess.Popen(
-                    [sys.executable, "-I", "-B", str(script), *arguments],
-                    cwd=folder,
-                    env=clean | environment,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                    preexec_fn=_limit,
-                    pass_fds=pipe[1:] if pipe else (),
-                )
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        start = _interpreter if own_interpreter else _from_nursery
+        with self._log.open("wb") as log, _signals_held():
+            own = {"TMPDIR": str(folder)} | (environment or {})
+            self._process = start(script, arguments, folder, own, log.fileno(), pipe[1] if pipe else -1)
         if pipe and self._reader:
             os.close(pipe[1])
             self._reader.start()
@@ -93,7 +82,7 @@ class Process:
         if self._reader:
             self._reader.join(10)
         return Finished(
-            returncode=self._process.returncode,
+            returncode=-signal.SIGKILL if self._process.returncode is None else self._process.returncode,
             timed_out=timed_out,
             log_tail=tail,
             handed_over=b"".join(self._received),
@@ -105,6 +94,9 @@ class Process:
 
     def kill(self) -> None:
         """Ends the process and everything that it started."""
+        if isinstance(self._process, nursery.Forked):
+            self._process.kill()
+            return
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         if self._process.returncode is None:
@@ -114,15 +106,44 @@ class Process:
                 self._process.returncode = os.waitstatus_to_exitcode(status)
 
 
-def end_with_parent(parent: int) -> None:
-    """For a process that was just started by process `parent`: it is killed as soon as that one ends."""
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGKILL)
+def prepare() -> None:
+    """Lets the nursery import what it needs while this process does something else."""
+    with _signals_held():
+        nursery.of_this_thread(_clean_environment())
 
 
-def _limit() -> None:
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (MAX_FILE_BYTES, MAX_FILE_BYTES))
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """What a signal handler raises while Python forks is printed and lost, so signals wait."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _clean_environment() -> dict[str, str]:
+    return {name: os.environ[name] for name in _KEPT if name in os.environ} | _REUSE_MEMORY
+
+
+def _interpreter(
+    script: Path, arguments: list[str], folder: Path, environment: dict[str, str], log: int, pipe: int
+) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-I", "-B", str(script), *arguments],
+        cwd=folder,
+        env=_clean_environment() | environment,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        preexec_fn=containment.limit,
+        pass_fds=() if pipe < 0 else (pipe,),
+    )
+
+
+def _from_nursery(
+    script: Path, arguments: list[str], folder: Path, environment: dict[str, str], log: int, pipe: int
+) -> nursery.Forked:
+    home = nursery.of_this_thread(_clean_environment())
+    return home.start(script, arguments, folder=folder, environment=environment, log=log, pipe=pipe)

@@ -32,7 +32,8 @@ def strictly(program: Any, inputs: list[Any], where: str) -> list[Any] | None:
     from judge import jax_shims
 
     try:
-        run = jax.jit(core.jaxpr_as_fun(jax_shims.strict(program))).lower(*inputs).compile()
+        lowered = jax.jit(core.jaxpr_as_fun(jax_shims.strict(program))).lower(*inputs)
+        run = lowered.compile(compiler_options=jax_shims.in_haste(inputs))
     except Exception as error:
         if not jax_shims.find_primitives(program, MANUAL):
             return None
@@ -61,7 +62,7 @@ def _compare(sealed: ModuleType, inputs: list[Any], got: list[Any], where: str) 
     from judge import oracle
 
     want = jax.tree.leaves(sealed.reference_fn(*map(jax.numpy.asarray, inputs)))
-    tolerances, lowest = oracle.tolerances_of(sealed, len(want)), oracle.lowest_precision(inputs)
+    tolerances, lowest = oracle.tolerances_of(sealed, len(want)), oracle.lowest_precision(sealed, inputs)
     for i, (g, w) in enumerate(zip(got, want, strict=True)):
         try:
             oracle.compare(np.asarray(g), np.asarray(w), tolerances[i], lowest, f"{where}, output {i}")

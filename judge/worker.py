@@ -10,7 +10,10 @@ Nothing that it prints is read.
 import importlib.util
 import json
 import sys
+import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -42,10 +45,23 @@ def where(error: BaseException, path: Path) -> str:
     return f"{type(error).__name__}: {message[:2000]}{line}"
 
 
+_WORK: list[tuple[float, float]] = []
+
+
+@contextmanager
+def work() -> Iterator[None]:
+    """Around what any judge would have to do, compile or run a program: the rest of the time is this judge's own."""
+    started = time.monotonic()
+    try:
+        yield
+    finally:
+        _WORK.append((started, time.monotonic()))
+
+
 def write_result(request: dict[str, Any], result: dict[str, Any]) -> None:
     """Leaves a stage's `result.json` in the folder that its request names, whole or not at all."""
     partial = Path(request["out"]) / "result.json.part"
-    partial.write_text(json.dumps(result))
+    partial.write_text(json.dumps({**result, "work": _WORK}))
     partial.rename(partial.with_suffix(""))
 
 

@@ -1,5 +1,7 @@
 """Fixtures: the project's commands, run as a user would, in scratch repositories whose kernel.py is tiny."""
 
+import contextlib
+import io
 import os
 import shutil
 import subprocess
@@ -10,7 +12,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from judge import ledger
+import prepare
+from judge import command, ledger
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ROOT / "tests" / "kernels"
@@ -181,15 +184,24 @@ def project(new_project: Callable[..., Project]) -> Project:
 
 @pytest.fixture(scope="session")
 def judge_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Done]:
-    """A function that judges text, or a file, as `prepare.py --kernel FILE --dry-run` of this very checkout."""
+    """A function that judges text, or a file, as `prepare.py --kernel FILE --dry-run` of this very checkout does.
 
-    def judge(kernel: str | Path, *arguments: str, **environment: str) -> Done:
+    In this process, so that all judgings have one nursery; what the command adds is tested through the command.
+    """
+
+    def judge(kernel: str | Path, *arguments: str) -> Done:
         if isinstance(kernel, str):
             path = tmp_path_factory.mktemp("candidate") / "candidate.py"
             path.write_text(kernel)
             kernel = path
-        command = (sys.executable, ROOT / "prepare.py", "--dry-run", "--kernel", kernel, *arguments)
-        return run(*command, folder=ROOT, **environment)
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                options = prepare.parse_arguments(["--dry-run", "--kernel", str(kernel), *arguments])
+                code = command.ended(lambda: command.run(options), options)
+            except SystemExit as refused:
+                code = int(refused.code or 0)
+        return Done(code, out.getvalue(), err.getvalue())
 
     return judge
 

@@ -36,7 +36,7 @@ def measure(
     path = folder / "request.json"
     request = {"programs": programs, "sealed": str(sealed), "device": device, "out": str(folder)}
     path.write_text(json.dumps(request | {"profile": str(folder / "profile"), "deep": deep}))
-    process = Process(RUNNER, [str(path)], folder=folder, environment={"TMPDIR": str(folder)})
+    process = Process(RUNNER, [str(path)], folder=folder, own_interpreter=True)
     finished = process.wait(LIMIT_SECONDS)
     if finished.timed_out:
         raise MeasureError("FAIL_TIMEOUT", f"the timed calls took more than {LIMIT_SECONDS:g} s", candidate=True)

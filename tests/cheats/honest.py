@@ -1,6 +1,7 @@
 """Honest but unusual kernels, which must pass."""
 
 from tests.cheats import Case
+from tests.cheats.precision import FINE
 
 CASES = [
     Case(name="8 queries a block", sweeps=(("Q_BLOCK_TOKENS = 16", "Q_BLOCK_TOKENS = 8"),)),
@@ -204,6 +205,7 @@ CASES = [
         ),
     ),
     Case(name="a matrix product", base="matmul", own_baseline=True),
+    Case(name="a matrix product in full float32", base="matmul", base_edits=FINE, own_baseline=True),
     Case(
         name="rows and columns exchanged in the grid",
         base="matmul",

@@ -2,7 +2,22 @@
 
 from tests.cheats import Case
 
+PRODUCT = "jnp.dot(a_ref[...], b_ref[...], preferred_element_type=jnp.float32)"
+FINE_PRODUCT = PRODUCT.replace("preferred", "precision=jax.lax.Precision.HIGHEST, preferred")
+FINE = (
+    (PRODUCT, FINE_PRODUCT),
+    ("jnp.dot(a, b, preferred", "jnp.dot(a, b, precision=jax.lax.Precision.HIGHEST, preferred"),
+)
+
 CASES = [
+    Case(
+        name="one pass of bfloat16 where full float32 is due",
+        base="matmul",
+        base_edits=FINE,
+        edits=((FINE_PRODUCT, PRODUCT),),
+        status="FAIL_CORRECTNESS",
+        reason="off by more than",
+    ),
     Case(
         name="no rescaling of the numerator",
         edits=(("acc_vmem[head] = alpha * acc_vmem[head] + pv", "acc_vmem[head] = acc_vmem[head] + pv"),),
