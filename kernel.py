@@ -1012,8 +1012,10 @@ def generate_inputs(key, **workload):
     typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     rng = np.random.default_rng(np.asarray(jax.random.key_data(key) if typed else key, np.uint32))
 
-    def normal(*shape, scale=1.0):
-        return (scale * rng.standard_normal(shape, dtype=np.float32)).astype(DTYPE)
+    def normal(rows, *shape, scale=1.0):
+        # A prime number of random rows, repeated, is as good as more of them: no block and no page is as long.
+        some = scale * rng.standard_normal((min(rows, 1021), *shape), dtype=np.float32)
+        return np.resize(some.astype(DTYPE), (rows, *shape))
 
     pages_per_seq = MAX_CONTEXT // page_size
     free_pages = rng.permutation(num_pages)
@@ -1027,8 +1029,7 @@ def generate_inputs(key, **workload):
         page_indices[seq, :count] = mine
         owner_tokens[mine] = np.minimum(page_size, kv_len - page_size * np.arange(count))
 
-    # A prime number of random pages, repeated: as good as a pool of random values, and two hundred times cheaper.
-    pattern = normal(61, page_size, 2 * NUM_KV_HEADS // PACK, PACK, HEAD_DIM)
+    pattern = normal(61, page_size, 2 * NUM_KV_HEADS // PACK, PACK, HEAD_DIM)  # pages, repeated in the same way
     kv_cache = np.resize(pattern, (num_pages, *pattern.shape[1:]))
     queries = normal(num_tokens, NUM_Q_HEADS, HEAD_DIM, scale=workload.get("magnitude", 1.0))
     keys = normal(num_tokens, NUM_KV_HEADS, HEAD_DIM)
