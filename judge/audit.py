@@ -74,6 +74,7 @@ def rejudge(folder: Path, count: int, progress: Callable[[str], None]) -> list[s
             sealed=repository.source_at(baseline.commit),
             chip=load_chip(row.chip),
             mode=row.mode,
+            anew=True,
         )
         with pipeline.private_folder() as private:
             verdict = pipeline.Judging(task, private, progress).run()

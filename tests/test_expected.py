@@ -65,9 +65,9 @@ def test_lineages_before_the_last_two_are_forgotten(tmp_path, kept):
     assert sorted(path.name for path in (tmp_path / "all").iterdir()) == ["three", "two"]
 
 
-def judged(folder, candidate, sealed):
+def judged(folder, candidate, sealed, **options):
     folder.mkdir()
-    task = pipeline.Task(candidate=candidate, sealed=sealed, chip=load_chip("v5e"), mode="model")
+    task = pipeline.Task(candidate=candidate, sealed=sealed, chip=load_chip("v5e"), mode="model", **options)
     return pipeline.Judging(task, folder, lambda text: None).run()
 
 
@@ -90,6 +90,8 @@ def test_the_next_experiment_uses_what_the_last_one_kept(tmp_path, monkeypatch):
         np.savez(path, **data)
     verdict = judged(tmp_path / "second", candidate, sealed)
     assert verdict.status == "FAIL_CORRECTNESS", verdict.reason
+    assert judged(tmp_path / "again", candidate, sealed, anew=True).status == "PASS"  # and keeps what is right
+    assert judged(tmp_path / "third", candidate, sealed).status == "PASS"
 
 
 def test_another_sealed_file_has_another_folder(tmp_path):
