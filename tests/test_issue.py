@@ -380,6 +380,14 @@ def test_a_pop_of_two_queues_takes_from_both(timed: Times) -> None:
     assert done.times == [0, 1, cadence, 1 + latency, max(2 + latency, cadence + latency)]
 
 
+def test_a_vmatmul_of_wider_rows_gives_fewer_results(timed: Times) -> None:
+    """Half as many rows of float32 as of bfloat16 make up one vmatmul: of three pops, the first is all of the first."""
+    done = timed([matmul(0, "f32"), matmul(0, "bf16"), *[pop(i) for i in range(2, 5)]], V5E)
+    second = V5E.cadence("matmul_f32")
+    first = second + V5E.latency("matmul_bf16")
+    assert done.times == [0, second, V5E.latency("matmul_f32"), first, first + V5E.cadence("mxu_pop_bf16")]
+
+
 def test_results_that_nobody_pops_are_an_error_and_not_an_endless_run(tmp_path: Path) -> None:
     issue = Issue(parsed(tmp_path, [matmul()]), V5E)
     number = issue.add(Stretch(bundles=(0,) * 5000))

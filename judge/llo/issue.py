@@ -166,12 +166,16 @@ class Issue:
         self.dump = dump
         self.machine = machine
         self._free = {b.address for b in dump.bundles if passed_over(b)} if machine.rule == "compiler" else set()
-        self.results_of = _results_of(dump)
+        self._results_of = _results_of(dump, machine)
         self.results = {slot.result for bundle in dump.bundles for slot in bundle.slots}
         self.stretches: list[Stretch] = []
         self.states: dict[tuple[object, ...], State] = {}
         self.start = self._intern({}, {}, {})
         self.runs: list[tuple[int, Run]] = []  # (stretch, run)
+
+    def results_of(self, queue: str, dtype: str = "") -> int:
+        """How many pops belong to one vmatmul of that type, or to one transpose."""
+        return self._results_of[queue, dtype]
 
     @cached_property
     def records(self) -> list[_Record]:
@@ -356,7 +360,7 @@ def _xlu_push(issue: Issue, slot: Slot, kind: str, unit: str, draft: _Draft) -> 
     elif slot.opcode.endswith(".end"):  # the results come after the last row
         queue = f"{unit}.trf"
         after, spacing = machine.latency(variant, unit), machine.cadence("transpose_pop")
-        draft.pushes.append((queue, after, issue.results_of[queue], spacing))
+        draft.pushes.append((queue, after, issue.results_of(queue), spacing))
 
 
 def xlu_variant(opcode: str, kind: str) -> str:
@@ -384,7 +388,7 @@ def _matmul(issue: Issue, slot: Slot, kind: str, unit: str, draft: _Draft) -> No
     after, spacing = machine.latency(f"matmul_{dtype}"), machine.cadence(f"mxu_pop_{dtype}")
     buffer = _MRB.search(slot.rest)
     if buffer is None:
-        draft.pushes.append((unit, after, issue.results_of[unit], spacing))
+        draft.pushes.append((unit, after, issue.results_of(unit, dtype), spacing))
         return
     for i in range(machine.results_per_matmul(dtype)):
         draft.leaves.append((f"{unit}[{int(buffer[1]) + i}]", after + i * spacing, "MXU"))
@@ -441,9 +445,12 @@ def passed_over(bundle: Bundle) -> bool:
     return all(slot.opcode == "sbr.rel" and slot.rest.startswith("(") for slot in bundle.slots)
 
 
-def _results_of(dump: Dump) -> dict[str, int]:
-    """Result queue → pops that belong to one vmatmul or transpose, from the schedule: it pops all that it pushes."""
-    pushes: Counter[str] = Counter()
+def _results_of(dump: Dump, machine: Machine) -> dict[tuple[str, str], int]:
+    """(result queue, dtype of a vmatmul) → pops that belong to one; a transpose has no dtype.
+
+    From the schedule, which pops all that it pushes: in proportion to the rows that a vmatmul of the dtype takes.
+    """
+    pushes: Counter[tuple[str, str]] = Counter()
     pops: Counter[str] = Counter()
     for bundle in dump.bundles:
         for slot in bundle.slots:
@@ -452,9 +459,13 @@ def _results_of(dump: Dump) -> dict[str, int]:
             if kind == "mxu_pop":
                 pops.update(units)
             elif kind == "matmul":
-                pushes.update(units)
+                pushes.update((unit, dtype_class(slot.opcode)) for unit in units)
             elif kind == "transpose_pop":
                 pops[f"{units[0]}.trf"] += 1
             elif kind == "transpose" and slot.opcode.endswith(".end"):
-                pushes[f"{units[0]}.trf"] += 1
-    return {queue: max(1, round(pops[queue] / count)) for queue, count in pushes.items()}
+                pushes[f"{units[0]}.trf", ""] += 1
+    weights = {key: machine.results_per_matmul(key[1]) if key[1] else 1 for key in pushes}
+    pushed: Counter[str] = Counter()
+    for key, count in pushes.items():
+        pushed[key[0]] += count * weights[key]
+    return {key: max(1, round(pops[key[0]] * weight / pushed[key[0]])) for key, weight in weights.items()}
