@@ -13,7 +13,6 @@ import ast
 import math
 import re
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,91 +21,10 @@ sys.path.insert(0, str(ROOT))
 from judge import contract, pipeline  # noqa: E402
 from judge.chips import CHIPS, load_chip  # noqa: E402
 from judge.roofline import Figures  # noqa: E402
+from kernels.shapes import SHAPES, Shape, problem  # noqa: E402
 
 PEERS = ROOT / "kernels" / "peers"
 OURS, NAMES = "ours", ("ours", "rpa_v3", "jax_rpa")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """Heads, page size and lengths; `context` is the longest, decodes have between half of it and all of it."""
-
-    name: str
-    batch: str  # decode, prefill or mixed
-    context: int
-    num_seqs: int
-    num_q_heads: int = 32
-    num_kv_heads: int = 8
-    head_dim: int = 128
-    page_size: int = 64
-
-    @property
-    def num_tokens(self) -> int:
-        return {"decode": self.num_seqs, "prefill": self.context, "mixed": 2048 + self.num_seqs}[self.batch]
-
-
-SHAPES = (
-    Shape(name="llama-8b decode 1k", batch="decode", context=1024, num_seqs=128),
-    Shape(name="llama-8b decode 8k", batch="decode", context=8192, num_seqs=32),
-    Shape(name="llama-8b decode 8k page 16", batch="decode", context=8192, num_seqs=32, page_size=16),
-    Shape(name="llama-8b decode 8k page 128", batch="decode", context=8192, num_seqs=32, page_size=128),
-    Shape(name="llama-8b decode 32k", batch="decode", context=32768, num_seqs=8, page_size=128),
-    Shape(name="llama-8b prefill 2k", batch="prefill", context=2048, num_seqs=1),
-    Shape(name="llama-8b prefill 8k", batch="prefill", context=8192, num_seqs=1),
-    Shape(name="llama-8b mixed", batch="mixed", context=8192, num_seqs=24),
-    Shape(name="llama-70b decode 8k", batch="decode", context=8192, num_seqs=32, num_q_heads=64),
-    Shape(name="llama-70b prefill 8k", batch="prefill", context=8192, num_seqs=1, num_q_heads=64),
-    Shape(name="40/8 decode 8k", batch="decode", context=8192, num_seqs=32, num_q_heads=40),
-    Shape(
-        name="d 256 decode 8k", batch="decode", context=8192, num_seqs=32, num_q_heads=16, num_kv_heads=4, head_dim=256
-    ),
-    Shape(
-        name="d 256 prefill 8k", batch="prefill", context=8192, num_seqs=1, num_q_heads=16, num_kv_heads=4, head_dim=256
-    ),
-)
-
-# In the place of kernel.py's own: one prefill of the whole context, decodes of ragged lengths, or both.
-LENGTHS = """
-
-def _lengths(*, batch, num_tokens, num_seqs, num_pages, page_size, poison=False, draw=5, magnitude=1.0):
-    del num_pages, page_size, poison, magnitude
-    if batch == "prefill":
-        return np.array([num_tokens]), np.array([num_tokens]), 0
-    rng = np.random.default_rng(draw)
-    kv_lens = rng.integers(MAX_CONTEXT // 2, MAX_CONTEXT, num_seqs, endpoint=True)
-    q_lens = np.ones(num_seqs, np.int64)
-    if batch == "mixed":
-        q_lens[-2:] = [1500, 548]
-        return q_lens, kv_lens, num_seqs - 2
-    return q_lens, kv_lens, num_seqs
-"""
-
-
-def problem(shape: Shape) -> str:
-    """kernel.py on this shape."""
-    text = (ROOT / "kernel.py").read_text()
-    pages = -(-shape.context // shape.page_size)
-    workload = {
-        "batch": shape.batch,
-        "num_tokens": shape.num_tokens,
-        "num_seqs": shape.num_seqs,
-        "num_pages": pages * shape.num_seqs,
-        "page_size": shape.page_size,
-    }
-    constants = {
-        "NUM_Q_HEADS": shape.num_q_heads,
-        "NUM_KV_HEADS": shape.num_kv_heads,
-        "HEAD_DIM": shape.head_dim,
-        "MAX_CONTEXT": shape.context,
-    }
-    for name, value in constants.items():
-        text, count = re.subn(rf"^{name} = \d+", f"{name} = {value}", text, flags=re.M)
-        assert count == 1, f"kernel.py has no constant {name}"
-    text, count = re.subn(r"^WORKLOADS = \{.*?^\}\n", f"WORKLOADS = {{'shape': {workload}}}\n", text, flags=re.M | re.S)
-    assert count == 1, "kernel.py has no WORKLOADS"
-    # Padding of the metadata as engines leave it; ours is judged on garbage elsewhere.
-    text = text.replace("rng.integers(2**20, 2**30, ", "rng.integers(0, 1, ")
-    return text + LENGTHS
 
 
 def with_peer(text: str, peer: str) -> str:
@@ -159,8 +77,9 @@ def judged(text: str, name: str, chip: str, base: str) -> pipeline.Verdict:
 
 def cell(verdict: pipeline.Verdict) -> str:
     if verdict.total is None:
-        return f"{verdict.status}: {verdict.reason.splitlines()[0][:60]}"
-    figures = verdict.workloads["shape"]
+        reason = re.sub(r"^workload \w+: |\S*-final_bundles.txt: ", "", " ".join(verdict.reason.split()))
+        return f"{verdict.status}: {reason[:120]}"
+    (figures,) = verdict.workloads.values()
     return f"{figures.latency_ms:9.4f} ms  MBU {figures.mbu_pct:5.1f} %  MFU {figures.mfu_pct:5.1f} %"
 
 
@@ -174,7 +93,7 @@ def row(shape: Shape, chip: str, names: list[str], folder: Path | None) -> float
             (folder / f"{shape.name} {name}.py".replace(" ", "_").replace("/", "-")).write_text(text)
         verdict = judged(text, name, chip, base)
         print(f"{chip:6} {shape.name:28} {name:8} {cell(verdict)}", flush=True)
-        figures: Figures | None = verdict.workloads.get("shape")
+        figures: Figures | None = next(iter(verdict.workloads.values()), None)
         if figures is not None and figures.latency_ms is not None:
             times[name] = figures.latency_ms
     peers = [time for name, time in times.items() if name != OURS]

@@ -35,7 +35,7 @@ def test_a_shape_is_in_the_problem():
     lines = peers.with_peer(peers.problem(shape), "jax_rpa").splitlines()
     text = "\n".join(line for line in lines if "import ragged_paged_attention" not in line)  # here for its problem
     exec(compile(text, "problem", "exec"), module)
-    arguments = module["WORKLOADS"]["shape"]
+    arguments = module["WORKLOADS"]["decode"]
     assert (arguments["num_pages"], module["NUM_KV_HEADS"], module["MAX_CONTEXT"]) == (3 * 63, 4, 1000)
     q_lens, kv_lens, decodes = module["_lengths"](**arguments)
     assert (list(q_lens), decodes) == ([1, 1, 1], 3)
