@@ -47,7 +47,7 @@ HEADS = (
     Heads(name="d-256", num_q_heads=16, num_kv_heads=4, head_dim=256),
 )
 PAGE_SIZES = (16, 64, 128)  # tokens
-CONTEXTS = (1024, 8192)  # tokens
+CONTEXTS = (2048, 8192)  # tokens
 DECODE_TOKENS = 1 << 18  # of context, at most, in the decode batch of a shape
 
 
