@@ -3,7 +3,7 @@
 One batch holds sequences in any stage: decodes (one new token), chunked prefills and whole prefills, laid end to
 end along the token axis (``cu_q_lens``), each with its own context length (``kv_lens``) and its own list of pages in a
 shared KV cache (``page_indices``). The kernel writes the new keys and values into their cache slots and attends
-causally to everything that the sequence has cached.
+causally to everything that the sequence has cached, or to a window of it.
 
 Two passes share one program. Decodes are a stream of KV blocks, fetched ahead across sequences. Prefills go a block of
 queries at a time: the scores of one KV head are computed while those of the head before become weights.
@@ -28,7 +28,7 @@ PROBLEM_DESCRIPTION = (
 
 # Tunables: module-level constants that a search may rewrite, each to one of the values listed.
 Q_BLOCK_TOKENS = 128  # new tokens of one sequence in a query block
-KV_BLOCK_PAGES = 16  # pages in one KV block
+KV_BLOCK_PAGES = 16  # pages of 32 tokens in one KV block; as many tokens in pages of another size
 SOFTMAX_ROWS = 64  # rows of scores that become weights at a time
 DECODE_BUFFERS = 2  # KV blocks of decodes in VMEM: one in work, the others on their way
 
@@ -38,7 +38,10 @@ TUNABLES = {
 }
 
 DEFAULT_MASK_VALUE = -0.7 * float(np.finfo(np.float32).max)
+CACHE_DTYPES = (jnp.bfloat16, jnp.float32, jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2)
+CACHE_NAMES = ", ".join(jnp.dtype(dtype).name for dtype in CACHE_DTYPES)
 LANES = 128
+LOG2_E = math.log2(math.e)
 
 
 def _align(size, multiple):
@@ -67,11 +70,40 @@ def _head_of(kv, head, is_value, count):
     for tile in range(fold):
         if pack == 1:
             tiles.append(words[pl.ds((2 * head + is_value) * fold + tile, count, stride=rows * fold), :])
+        elif pack == 4:
+            row, byte = divmod(2 * head + is_value, pack)
+            of_row = words[pl.ds(row * fold + tile, count, stride=rows * fold), :]
+            tiles.append(_from_byte(of_row, byte, kv.dtype).astype(_compute_dtype(kv.dtype)))
         else:
             first, step = head * fold + tile, rows * fold
             even, odd = (words[pl.ds(first + i * step, count // 2, stride=2 * step), :] for i in (0, 1))
             tiles.append((_high_halves if is_value else _low_halves)(even, odd))
-    return pltpu.bitcast(jnp.concatenate(tiles, axis=1), kv.dtype)
+    head = jnp.concatenate(tiles, axis=1)
+    return head if pack == 4 else pltpu.bitcast(head, kv.dtype)
+
+
+def _compute_dtype(kv_dtype):
+    """What the MXU multiplies: 8-bit keys and values become bfloat16, which holds all of their values."""
+    return jnp.dtype(jnp.bfloat16) if kv_dtype.itemsize == 1 else kv_dtype
+
+
+def _from_byte(words, byte, dtype):
+    """float32 values of one byte of each 32-bit word, by shifts, which every chip has: int8, float8_e4m3fn or e5m2."""
+    if dtype == jnp.int8:
+        signed = pltpu.bitcast(words << (24 - 8 * byte), jnp.int32)
+        return (signed >> 24).astype(jnp.float32)
+    mantissa_bits, bias = (3, 7) if dtype == jnp.float8_e4m3fn else (2, 15)
+    bits = words >> (8 * byte)
+    magnitude = bits & jnp.uint32(0x7F)
+    normal = (magnitude << (23 - mantissa_bits)) + jnp.uint32((127 - bias) << 23)
+    if dtype == jnp.float8_e4m3fn:
+        normal = jnp.where(magnitude == 0x7F, jnp.uint32(0x7FC00000), normal)
+    else:  # infinity and NaN
+        normal = jnp.where(magnitude >= 0x7C, normal | jnp.uint32(0x7F800000), normal)
+    subnormal = pltpu.bitcast(magnitude, jnp.int32).astype(jnp.float32) * 2.0 ** (1 - bias - mantissa_bits)
+    value = jnp.where(magnitude < 1 << mantissa_bits, subnormal, pltpu.bitcast(normal, jnp.float32))
+    sign = (bits & jnp.uint32(0x80)) << 24
+    return pltpu.bitcast(pltpu.bitcast(value, jnp.uint32) | sign, jnp.float32)
 
 
 def _lane_tiles(width):
@@ -91,6 +123,14 @@ def _interleave(call, k, v, words):
             for row in range(2 * call.num_kv_heads):
                 store(row, pltpu.bitcast((k, v)[row % 2][tile, :, row // 2, :], jnp.uint32))
             continue
+        if k.dtype.itemsize == 1:
+            for row in range(rows):
+                k4, v4 = (_word_rows(ref.at[tile], row // 2) for ref in (k, v))
+                low, high = 16 * (row % 2), 16 * (row % 2) + 8
+                both = [(k4 >> low) & 0xFF, ((v4 >> low) & 0xFF) << 8]
+                both += [((k4 >> high) & 0xFF) << 16, (v4 >> high) << 24]
+                store(row, functools.reduce(jnp.bitwise_or, both))
+            continue
         for pair in range(-(-call.num_kv_heads // 2)):
             k2, v2 = (_word_rows(ref.at[tile], pair) for ref in (k, v))
             store(2 * pair, _low_halves(k2, v2))
@@ -99,10 +139,11 @@ def _interleave(call, k, v, words):
 
 
 def _word_rows(heads, word):
-    """32-bit words ``[n, 128]``, the `word`-th of each token, of heads ``[n, H, 128]`` that are 16 bits wide."""
+    """32-bit words ``[n, 128]``, the `word`-th of each token, of heads ``[n, H, 128]`` that are narrower."""
     num_tokens, num_heads, width = heads.shape
-    words = heads.bitcast(jnp.uint32).reshape(num_tokens * num_heads // 2, width)
-    return words[pl.ds(word, num_tokens, stride=num_heads // 2), :]
+    words_per_token = num_heads * heads.dtype.itemsize // 4
+    words = heads.bitcast(jnp.uint32).reshape(num_tokens * words_per_token, width)
+    return words[pl.ds(word, num_tokens, stride=words_per_token), :]
 
 
 def _heads_of_word(q, word):
@@ -135,6 +176,18 @@ def _tiles_as_cache(words, cache_hbm):
 
 
 @dataclasses.dataclass(frozen=True)
+class _Options:
+    """What a call asks for; known when the kernel is compiled."""
+
+    sm_scale: float  # with the scales of queries and keys
+    mask_value: float
+    sliding_window: int | None
+    soft_cap: float | None
+    v_scale: float | None
+    causal: bool  # else all of a sequence is seen, and all of it is in the cache already
+
+
+@dataclasses.dataclass(frozen=True)
 class _Call:
     """What every part of the kernel needs: scalars in SMEM, operands and results in HBM, static figures."""
 
@@ -147,15 +200,22 @@ class _Call:
     v_hbm: Any  # [T, Hkv, D]
     o_hbm: Any  # [T, Hq, D]
     cache_hbm: Any  # [P, page_size, 2 * Hkv / pack, pack, D]
-    sm_scale: float
-    mask_value: float
+    sink: Any  # f32[Hq, 128]: each head's sink as a score, the same in every lane; None: no sinks
+    options: "_Options"
     num_q_heads: int  # those of the model; q_hbm and o_hbm may hold some more, to fill words and tiles
     num_kv_heads: int
 
-    @property
-    def score_scale(self):
-        """Factor of q · k that makes a weight a power of two."""
-        return self.sm_scale * math.log2(math.e)
+    def scores(self, products):
+        """Scores of q · k whose powers of two are weights."""
+        options = self.options
+        if options.soft_cap is None:
+            return products * (options.sm_scale * LOG2_E)
+        return jnp.tanh(products * (options.sm_scale / options.soft_cap)) * (options.soft_cap * LOG2_E)
+
+    def first_seen(self, position):
+        """The first position that the query at `position` sees."""
+        window = self.options.sliding_window
+        return 0 if window is None else jnp.maximum(position - (window - 1), 0)
 
     @property
     def group(self):
@@ -193,13 +253,14 @@ def _for_tiles(hbm, vmem, sem, do):
         do(pltpu.make_async_copy(hbm.at[:, :, lanes], vmem.at[tile], sem))
 
 
-def _for_pages(call, seq, block, tokens, kv_vmem, sem, do):
-    """`do(copy)` for each page of a KV block that holds any of the first `tokens` tokens of a sequence."""
+def _for_pages(call, seq, block, start, tokens, kv_vmem, sem, do):
+    """`do(copy)` for each page of a KV block that holds any of a sequence's tokens from `start` to before `tokens`."""
     bkv, page_size = kv_vmem.shape[0], call.page_size
     first = block * (bkv // page_size)
     num_pages = pl.cdiv(tokens, page_size)
+    skipped = 0 if call.options.sliding_window is None else jnp.maximum(start // page_size - first, 0)
 
-    @pl.loop(0, jnp.minimum(bkv // page_size, num_pages - first))
+    @pl.loop(skipped, jnp.minimum(bkv // page_size, num_pages - first))
     def _(page):
         target = kv_vmem.at[pl.ds(page * page_size, page_size)]
         do(pltpu.make_async_copy(call.cache_hbm.at[call.page_of(seq, first + page)], target, sem))
@@ -238,14 +299,27 @@ def _decode_pass(call, d):
     total = call.distribution[2]
     is_decode = lambda q_len: q_len == 1  # noqa: E731
 
+    inputs = ((call.q_hbm, d.q_ring), (call.k_hbm, d.k_ring), (call.v_hbm, d.v_ring))
+    inputs = inputs if call.options.causal else inputs[:1]
+
+    def first_seen(seq):
+        return call.first_seen(call.kv_lens[seq] - 1)
+
     def for_copies(seq, block, slot, do):
-        @pl.when(block == 0)
+        @pl.when(block == first_seen(seq) // d.bkv)
         def _():
             row = call.cu_q_lens[seq]
-            for hbm, ring in ((call.q_hbm, d.q_ring), (call.k_hbm, d.k_ring), (call.v_hbm, d.v_ring)):
+            for hbm, ring in inputs:
                 _for_tiles(hbm.at[pl.ds(row, 1)], ring.at[slot], d.ring_sems.at[slot], do)
 
-        _for_pages(call, seq, block, call.kv_lens[seq], d.kv_ring.at[slot], d.ring_sems.at[slot], do)
+        kv, sem = d.kv_ring.at[slot], d.ring_sems.at[slot]
+        _for_pages(call, seq, block, first_seen(seq), call.kv_lens[seq], kv, sem, do)
+
+    def existing(seq):
+        return jnp.minimum(seq, jnp.maximum(total - 1, 0))
+
+    def first_block(seq):
+        return 0 if call.options.sliding_window is None else first_seen(existing(seq)) // d.bkv
 
     def fetch_next(ahead):
         """Starts the fetch of the block at `ahead` = (sequence, block, slot), if there is one; the one after it."""
@@ -255,12 +329,14 @@ def _decode_pass(call, d):
         def _():
             for_copies(seq, block, slot, lambda copy: copy.start())
 
-        last = block + 1 >= pl.cdiv(call.kv_lens[jnp.minimum(seq, jnp.maximum(total - 1, 0))], d.bkv)
+        last = block + 1 >= pl.cdiv(call.kv_lens[existing(seq)], d.bkv)
         after = call.next_with(is_decode, jnp.where(last, jnp.minimum(seq + 1, total), seq))
-        return after, jnp.where(last, 0, block + 1), jax.lax.rem(slot + 1, d.buffers)
+        return after, jnp.where(last, first_block(after), block + 1), jax.lax.rem(slot + 1, d.buffers)
 
     def for_results(seq, parity, do):
         do(pltpu.make_async_copy(d.o.at[parity], call.o_hbm.at[call.cu_q_lens[seq]], d.out_sems.at[parity]))
+        if not call.options.causal:
+            return
         slots = call.slots(seq, call.kv_lens[seq] - 1, 1)
         for lanes, tokens in _tiles_as_cache(d.new.at[parity], call.cache_hbm):
             do(pltpu.make_async_copy(tokens, slots.at[:, :, :, lanes], d.out_sems.at[parity]))
@@ -273,31 +349,38 @@ def _decode_pass(call, d):
         def _():
             for_results(before_that, parity, lambda copy: copy.wait())
 
-        last = pl.cdiv(call.kv_lens[seq], d.bkv) - 1
+        first, last = first_seen(seq) // d.bkv, pl.cdiv(call.kv_lens[seq], d.bkv) - 1
 
         def step(block, carry):
             slot, ahead = carry
             ahead = fetch_next(ahead)
             for_copies(seq, block, slot, lambda copy: copy.wait())
-            pl.when(block == 0)(lambda: _begin_decode(call, d, slot, parity))
-            pl.when(block < last)(lambda: _decode_block(call, d, slot, None))
+            pl.when(block == first)(lambda: _begin_decode(call, d, slot, parity))
+            seen = None if call.options.sliding_window is None else first_seen(seq) - block * d.bkv
+            whole = block < last if seen is None else jnp.logical_and(block < last, seen <= 0)
+            pl.when(whole)(lambda: _decode_block(call, d, slot, None))
 
-            @pl.when(block == last)
+            @pl.when(block == last if seen is None else jnp.logical_not(whole))
             def _():
                 tokens = call.kv_lens[seq] - block * d.bkv
-                for lanes, new in _tiles_as_cache(d.new.at[parity], call.cache_hbm):
-                    d.kv_ring[slot, tokens - 1, :, :, lanes] = new[0]
-                _decode_block(call, d, slot, tokens)
+                if call.options.causal:
+
+                    def patch():
+                        for lanes, new in _tiles_as_cache(d.new.at[parity], call.cache_hbm):
+                            d.kv_ring[slot, tokens - 1, :, :, lanes] = new[0]
+
+                    patch() if seen is None else pl.when(block == last)(patch)
+                _decode_block(call, d, slot, (seen, tokens))
 
             return jax.lax.rem(slot + 1, d.buffers), ahead
 
-        slot, ahead = jax.lax.fori_loop(0, last + 1, step, (slot, ahead))
-        d.o[parity] = (d.acc[...] / d.l[:, :1]).astype(d.o.dtype)
+        slot, ahead = jax.lax.fori_loop(first, last + 1, step, (slot, ahead))
+        d.o[parity] = _output(call, d.acc[...], d.l[:, :1]).astype(d.o.dtype)
         for_results(seq, parity, lambda copy: copy.start())
         return call.next_with(is_decode, seq + 1), slot, ahead, count + 1, seq, before
 
     first = call.next_with(is_decode, jnp.int32(0))
-    ahead = (first, jnp.int32(0), jnp.int32(0))
+    ahead = (first, jnp.int32(first_block(first)), jnp.int32(0))
     for _ in range(d.buffers - 1):
         ahead = fetch_next(ahead)
     zero = jnp.int32(0)
@@ -309,14 +392,26 @@ def _decode_pass(call, d):
 
 def _begin_decode(call, d, slot, parity):
     d.q[...] = jnp.concatenate([d.q_ring[slot, tile, 0] for tile in range(d.q_ring.shape[1])], axis=1)
-    _interleave(call, d.k_ring.at[slot], d.v_ring.at[slot], d.new.at[parity])
-    d.m[...] = jnp.full_like(d.m, call.mask_value)
-    d.l[...] = jnp.zeros_like(d.l)
+    if call.options.causal:
+        _interleave(call, d.k_ring.at[slot], d.v_ring.at[slot], d.new.at[parity])
+    d.m[...] = jnp.full_like(d.m, call.options.mask_value) if call.sink is None else call.sink[...]
+    d.l[...] = jnp.full_like(d.l, 0.0 if call.sink is None else 1.0)
     d.acc[...] = jnp.zeros_like(d.acc)
 
 
-def _decode_block(call, d, slot, tokens):
-    """All query heads against one KV block, of which `tokens` count (None: all).
+def _output(call, acc, l):
+    out = acc / l
+    return out if call.options.v_scale is None else out * call.options.v_scale
+
+
+def _between(shape, axis, start, end):
+    """Whether an index along `axis` is from `start` (None: 0) to before `end`."""
+    index = jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+    return index < end if start is None else jnp.logical_and(index >= start, index < end)
+
+
+def _decode_block(call, d, slot, seen):
+    """All query heads against one KV block, of which the tokens from `seen[0]` to before `seen[1]` count (None: all).
 
     Every KV head's keys meet all query rows, since the MXU takes as long for one row as for its fill of weights; each
     row keeps the result of its own head.
@@ -328,10 +423,9 @@ def _decode_block(call, d, slot, tokens):
         k = _keys(d.kv_ring, slot, head)
         of_head = jax.lax.dot_general(q, k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
         scores = of_head if head == 0 else jnp.where(head_of_row == head, of_head, scores)
-    scores = scores * call.score_scale
-    if tokens is not None:
-        column = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
-        scores = jnp.where(column < tokens, scores, call.mask_value)
+    scores = call.scores(scores)
+    if seen is not None:
+        scores = jnp.where(_between(scores.shape, 1, *seen), scores, call.options.mask_value)
     m_old = d.m[:, :1]
     m_new = jnp.maximum(m_old, jnp.max(scores, axis=1, keepdims=True))
     p = jnp.exp2(scores - m_new)
@@ -340,9 +434,8 @@ def _decode_block(call, d, slot, tokens):
     pv = None
     for head in range(call.num_kv_heads):
         v = _values(d.kv_ring, slot, head)
-        if tokens is not None:  # slots past the end may hold NaN
-            cached = jax.lax.broadcasted_iota(jnp.int32, v.shape, 0) < tokens
-            v = jnp.where(cached, v, jnp.zeros_like(v))
+        if seen is not None:  # other slots may hold NaN
+            v = jnp.where(_between(v.shape, 0, *seen), v, jnp.zeros_like(v))
         of_head = jnp.dot(p.astype(v.dtype), v, preferred_element_type=jnp.float32)
         pv = of_head if head == 0 else jnp.where(head_of_row == head, of_head, pv)
     d.acc[...] = alpha * d.acc[...] + pv
@@ -415,6 +508,9 @@ def _prefill_pass(call, b):
     def is_prefill(q_len):
         return q_len > 1
 
+    def first_block(item):
+        return call.first_seen(item.position) // b.kv.shape[1]
+
     def attend(state):
         seq, q_block, slot, parity, before = state
         item = _item(call, b, seq, q_block)
@@ -429,17 +525,22 @@ def _prefill_pass(call, b):
         _begin_item(call, b, item, parity)
 
         def start_following(slot):
-            _for_new_tokens(call, b, item, lambda copy: copy.wait())  # the following item may read them
-            for_there()(lambda: _for_item_pages(call, b, following, 0, slot, _start))
+            if call.options.causal:
+                _for_new_tokens(call, b, item, lambda copy: copy.wait())  # the following item may read them
+            for_there()(lambda: _for_item_pages(call, b, following, first_block(following), slot, _start))
 
-        slot = _attend_item(call, b, item, slot, start_following)
+        slot = _attend_item(call, b, item, first_block(item), slot, start_following)
         pl.when(before[0] >= 0)(lambda: _for_rows(call, b, _item(call, b, *before), lambda copy: copy.wait()))
         for head in range(0, call.num_q_heads, 4 // call.o_hbm.dtype.itemsize):
             _finish_heads(call, b, head)
         _for_rows(call, b, item, lambda copy: copy.start())
         return next_seq, next_block, slot, 1 - parity, (seq, q_block)
 
-    _reset(call, b, ...)
+    if call.sink is None:
+        _reset(call, b, ...)
+    else:
+        for head in range(call.num_q_heads):
+            _reset(call, b, _rows_of(call, b, head), head)
     zero = jnp.int32(0)
     first = call.next_with(is_prefill, zero)
 
@@ -447,7 +548,7 @@ def _prefill_pass(call, b):
     def _():
         item = _item(call, b, first, 0)
         _for_inputs(call, b, item, 0, _start)
-        _for_item_pages(call, b, item, 0, 0, _start)
+        _for_item_pages(call, b, item, first_block(item), 0, _start)
 
     none = jnp.int32(-1)
     *_, before = jax.lax.while_loop(lambda state: state[0] < total, attend, (first, zero, zero, zero, (none, zero)))
@@ -460,7 +561,8 @@ def _start(copy):
 
 def _for_inputs(call, b, item, parity, do):
     bq = b.q.shape[2]
-    for hbm, vmem in ((call.q_hbm, b.q), (call.k_hbm, b.k), (call.v_hbm, b.v)):
+    inputs = ((call.q_hbm, b.q), (call.k_hbm, b.k), (call.v_hbm, b.v))
+    for hbm, vmem in inputs if call.options.causal else inputs[:1]:
         _for_tiles(hbm.at[pl.ds(item.window, bq)], vmem.at[parity], b.in_sems.at[parity], do)
 
 
@@ -509,7 +611,8 @@ def _output_tiles(call, b):
 
 
 def _begin_item(call, b, item, parity):
-    _interleave(call, b.k.at[parity], b.v.at[parity], b.new)
+    if call.options.causal:
+        _interleave(call, b.k.at[parity], b.v.at[parity], b.new)
     heads_per_word = 4 // b.q.dtype.itemsize
     for word in range(call.q_hbm.shape[1] // heads_per_word):
         for head, rows in enumerate(_heads_of_word(b.q.at[parity], word), word * heads_per_word):
@@ -519,13 +622,15 @@ def _begin_item(call, b, item, parity):
 
 def _for_item_pages(call, b, item, block, slot, do):
     """`do(copy)` for each page of a KV block with tokens from before the item's own, which it brings itself."""
-    _for_pages(call, item.seq, block, item.position, b.kv.at[slot], b.kv_sems.at[slot], do)
+    start, end = call.first_seen(item.position), item.position if call.options.causal else call.kv_lens[item.seq]
+    _for_pages(call, item.seq, block, start, end, b.kv.at[slot], b.kv_sems.at[slot], do)
 
 
-def _attend_item(call, b, item, slot, start_following):
-    """The item against all KV blocks that it sees, the first of which is on its way to `slot`; the slot after them."""
+def _attend_item(call, b, item, first, slot, start_following):
+    """The item against the KV blocks that it sees, block `first` being on its way to `slot`; the slot after them."""
     bkv = b.kv.shape[1]
-    last = pl.cdiv(item.end, bkv) - 1
+    end = item.end if call.options.causal else call.kv_lens[item.seq]
+    last = pl.cdiv(end, bkv) - 1
     first_new = item.position // bkv  # a page there may hold old tokens too, and is read before it is written
 
     def step(block, slot):
@@ -534,20 +639,22 @@ def _attend_item(call, b, item, slot, start_following):
 
         pl.when(block < last)(start_next)
         _for_item_pages(call, b, item, block, slot, lambda copy: copy.wait())
-        pl.when(block == first_new)(lambda: _for_new_tokens(call, b, item, _start))
+        if call.options.causal:
+            pl.when(block == first_new)(lambda: _for_new_tokens(call, b, item, _start))
         pl.when(block == last)(lambda: start_following(1 - slot))
+        if call.options.causal:
+            # What the item brings itself is on its way to the cache only.
+            @pl.loop(jnp.maximum(item.position, block * bkv), jnp.minimum(item.end, (block + 1) * bkv))
+            def _(token):
+                for lanes, new in _tiles_as_cache(b.new, call.cache_hbm):
+                    b.kv[slot, token - block * bkv, :, :, lanes] = new[token - item.position + item.skipped]
 
-        # What the item brings itself is on its way to the cache only.
-        @pl.loop(jnp.maximum(item.position, block * bkv), jnp.minimum(item.end, (block + 1) * bkv))
-        def _(token):
-            for lanes, new in _tiles_as_cache(b.new, call.cache_hbm):
-                b.kv[slot, token - block * bkv, :, :, lanes] = new[token - item.position + item.skipped]
-
-        tokens = item.end - block * bkv
-        _prefill_block(call, b, slot, item.position - item.skipped - block * bkv, tokens)
+        window = call.options.sliding_window
+        fetched = None if window is None else call.first_seen(item.position) - block * bkv, end - block * bkv
+        _prefill_block(call, b, slot, item.position - item.skipped - block * bkv, fetched)
         return 1 - slot
 
-    return jax.lax.fori_loop(0, last + 1, step, slot)
+    return jax.lax.fori_loop(first, last + 1, step, slot)
 
 
 def _rows_of(call, b, head):
@@ -556,9 +663,14 @@ def _rows_of(call, b, head):
     return head // call.group, pl.ds(head % call.group * bq, bq)
 
 
-def _reset(call, b, at):
-    b.m[at] = jnp.full_like(b.m[at], call.mask_value)
-    b.l[at] = jnp.zeros_like(b.l[at])
+def _reset(call, b, at, head=None):
+    """`head`: the query head whose rows are at `at`, where there are sinks."""
+    if call.sink is None:
+        b.m[at] = jnp.full_like(b.m[at], call.options.mask_value)
+        b.l[at] = jnp.zeros_like(b.l[at])
+    else:
+        b.m[at] = jnp.broadcast_to(call.sink[pl.ds(head, 1), :], b.m[at].shape)
+        b.l[at] = jnp.full_like(b.l[at], 1 / LANES)
     b.acc[at] = jnp.zeros_like(b.acc[at])
 
 
@@ -569,8 +681,8 @@ def _finish_heads(call, b, head):
     outs = []
     for h in range(head, min(head + heads_per_word, call.num_q_heads)):
         at = _rows_of(call, b, h)
-        out = b.acc[at] / jnp.sum(b.l[at], axis=1, keepdims=True)
-        _reset(call, b, at)  # here, where the store slots are idle
+        out = _output(call, b.acc[at], jnp.sum(b.l[at], axis=1, keepdims=True))
+        _reset(call, b, at, h)  # here, where the store slots are idle
         outs.append(pltpu.bitcast(out.astype(call.o_hbm.dtype).astype(jnp.float32), jnp.uint32))
     words = outs[0] if heads_per_word == 1 else _high_halves(outs[0], outs[-1])
     rows = pl.ds(head // heads_per_word, bq, stride=num_q_heads // heads_per_word)
@@ -578,25 +690,28 @@ def _finish_heads(call, b, head):
         b.o.at[tile][rows, :] = words[:, tile * LANES : (tile + 1) * LANES]
 
 
-def _prefill_block(call, b, slot, first_row, tokens):
-    """A block of queries, the first at position `first_row` of a KV block that holds `tokens` cached tokens.
+def _prefill_block(call, b, slot, first_row, fetched):
+    """A block of queries, the first at position `first_row` of a KV block that holds the tokens of the range `fetched`.
 
-    Only what straddles the diagonal is masked; of its halves, one that no query sees is left out.
+    Only what straddles the diagonal or the window's edge is masked; of its halves, one that no query sees is left out.
     """
     bq, bkv = b.q.shape[2], b.kv.shape[1]
-    whole = first_row >= bkv - 1
+    causal, window = call.options.causal, call.options.sliding_window
+    whole = first_row >= bkv - 1 if causal else fetched[1] >= bkv
+    if window is not None:
+        whole = jnp.logical_and(whole, first_row + bq <= window)
     half = bkv // 2 if bkv % (2 * LANES) == 0 else bkv
-    left = jnp.logical_and(jnp.logical_not(whole), first_row + bq <= half)
+    left = jnp.logical_and(jnp.logical_not(whole), (first_row + bq if causal else fetched[1]) <= half)
     both = jnp.logical_not(jnp.logical_or(whole, left))
     pl.when(whole)(lambda: _prefill_keys(call, b, slot, bkv, None))
-    pl.when(left)(lambda: _prefill_keys(call, b, slot, half, (first_row, tokens)))
-    pl.when(both)(lambda: _prefill_keys(call, b, slot, bkv, (first_row, tokens)))
+    pl.when(left)(lambda: _prefill_keys(call, b, slot, half, (first_row, fetched)))
+    pl.when(both)(lambda: _prefill_keys(call, b, slot, bkv, (first_row, fetched)))
 
 
 def _prefill_keys(call, b, slot, width, masked):
     """All queries against the first `width` keys of a KV block.
 
-    `masked`: (first_row, tokens) where a query may not see all of them.
+    `masked`: (first_row, fetched) where a query may not see all of them.
     """
     buffers = ((b.s0, b.p0), (b.s1, b.p1))
     _score(call, b, slot, 0, width, b.s0)
@@ -618,11 +733,9 @@ def _weigh(call, b, slot, head, width, scores, weights, masked):
     num_rows = scores.shape[0]
     for row in range(0, num_rows, SOFTMAX_ROWS):
         rows = pl.ds(row, min(SOFTMAX_ROWS, num_rows - row))
-        s = scores[rows, :width] * call.score_scale
+        s = call.scores(scores[rows, :width])
         if masked:
-            query = jax.lax.rem(row + jax.lax.broadcasted_iota(jnp.int32, s.shape, 0), b.q.shape[2])
-            column = jax.lax.broadcasted_iota(jnp.int32, s.shape, 1)
-            s = jnp.where(column <= masked[0] + query, s, call.mask_value)
+            s = jnp.where(_visible(call, b, row, s.shape, *masked), s, call.options.mask_value)
         m_old = b.m[head, rows]
         m_new = jnp.maximum(m_old, jnp.max(s, axis=1, keepdims=True))
         p = jnp.exp2(s - _lanes(m_new, width))
@@ -633,8 +746,18 @@ def _weigh(call, b, slot, head, width, scores, weights, masked):
         b.acc[head, rows] = _lanes(alpha, b.acc.shape[2]) * b.acc[head, rows]
     v = _values(b.kv, slot, head, width)
     if masked:
-        v = jnp.where(jax.lax.broadcasted_iota(jnp.int32, v.shape, 0) < masked[1], v, jnp.zeros_like(v))
+        v = jnp.where(_between(v.shape, 0, *masked[1]), v, jnp.zeros_like(v))
     b.acc[head] += jnp.dot(weights[:, :width], v, preferred_element_type=jnp.float32)
+
+
+def _visible(call, b, row, shape, first_row, fetched):
+    """Which keys each of the rows from `row` of a head sees; a row is a query, as often as the group has heads."""
+    query = jax.lax.rem(row + jax.lax.broadcasted_iota(jnp.int32, shape, 0), b.q.shape[2])
+    column = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+    visible = column <= first_row + query if call.options.causal else column < fetched[1]
+    if call.options.sliding_window is not None:
+        visible = jnp.logical_and(visible, column > first_row - call.options.sliding_window + query)
+    return visible
 
 
 def _lanes(x, width):
@@ -673,18 +796,12 @@ def _rpa_kernel(
     k_hbm,
     v_hbm,
     _cache_in_hbm,  # the same buffer as cache_hbm
-    # results in HBM
-    o_hbm,
-    cache_hbm,
-    # scratch
-    decode_scratch,
-    prefill_scratch,
-    *,
-    sm_scale,
-    mask_value,
+    *others,  # the sinks in VMEM, where there are any; results in HBM; scratch
+    options,
     num_q_heads,
     num_kv_heads,
 ):
+    *sink, o_hbm, cache_hbm, decode_scratch, prefill_scratch = others
     call = _Call(
         kv_lens_ref,
         page_indices_ref,
@@ -695,8 +812,8 @@ def _rpa_kernel(
         v_hbm,
         o_hbm,
         cache_hbm,
-        sm_scale,
-        mask_value,
+        sink[0] if sink else None,
+        options,
         num_q_heads,
         num_kv_heads,
     )
@@ -741,93 +858,118 @@ def ragged_paged_attention(
     vmem_limit_bytes=None,
     debug_mode=False,
 ):
-    """Causal attention of each sequence's new tokens to its cached and new keys and values.
+    """Attention of each sequence's new tokens to its cached and new keys and values.
 
     Sequence ``s`` of the first ``distribution[2]`` owns rows ``cu_q_lens[s]:cu_q_lens[s + 1]`` of ``queries``; they are
-    the last ``q_len`` of its ``kv_lens[s]`` tokens, so row ``i`` sees tokens ``0 … kv_lens[s] - q_len + i``.
+    the last ``q_len`` of its ``kv_lens[s]`` tokens, so row ``i`` is at position ``p = kv_lens[s] - q_len + i`` and sees
+    tokens ``0 … p``, with a sliding window the last ``sliding_window`` of them. Its output is
+
+        v_scale * sum(w * v) / (sum(w) + exp(sink)),    w = exp(cap(sm_scale * q_scale * k_scale * q · k))
+
+    where ``cap(x) = soft_cap * tanh(x / soft_cap)``. Where not given, scales are 1, and there is no cap and no sink.
 
     Args:
       queries: ``[T, Hq, D]`` bfloat16 or float32, ``Hq`` a multiple of ``Hkv``.
       keys, values: ``[T, Hkv, D]``, the new tokens' keys and values, of the cache's dtype.
       kv_cache: ``[P, page_size, ceil(2 * Hkv / pack), pack, align(D, 128)]`` with ``pack = 32 / bits of the dtype``:
-        heads interleaved k0, v0, k1, v1 … over the two middle axes. Donate it: it is updated in place.
+        heads interleaved k0, v0, k1, v1 … over the two middle axes; bfloat16, float32, int8, float8_e4m3fn or
+        float8_e5m2. Donate it: it is updated in place.
       kv_lens: ``i32[S]``, tokens of each sequence in the cache, the new ones counted.
-      page_indices: ``i32[S * pages_per_seq]``, the pages of sequence ``s`` from ``s * pages_per_seq`` on.
+      page_indices: ``i32[S * pages_per_seq]``, the pages of sequence ``s`` from ``s * pages_per_seq`` on; those before
+        the windows of all queries are never read.
       cu_q_lens: ``i32[S + 1]``, running sum of the new tokens; zero-length sequences may stand anywhere.
       distribution: ``i32[3]``, (end of decodes, end of prefills, total). Entries past ``total`` are never read.
+      use_causal_mask: if False, every query sees all ``kv_lens[s]`` tokens; the new ones are then brought into the
+        cache by XLA, before the kernel runs.
+      update_kv_cache: if False, the cache is handed back as it came: the kernel works on a copy.
+      skip_kv_mask: with ``use_causal_mask=False`` only; nothing is masked here that need not be, so it changes nothing.
       sm_scale: factor of the scores, usually ``D ** -0.5``.
-      out_dtype: dtype of the output; that of ``queries`` if None.
+      sliding_window: how many tokens a query sees at most, itself counted. What lies before costs no time.
+      soft_cap: bound of the scores' magnitude.
+      attention_sink: ``f32[Hq]``, a score a head that takes part in the sum of the weights and has no value.
+      out_dtype: dtype of the output, bfloat16 or float32; that of ``queries`` if None.
       mask_value: score of an invisible position; finite.
-      vmem_limit_bytes: VMEM that the compiler may use; its default if None.
+      q_scale: queries are divided by it and rounded to the cache's dtype, and the scores multiplied by it.
+      k_scale, v_scale: what cached keys and values are multiplied by.
+      chunk_prefill_size: accepted as the engines give it; prefills of any length take the same path here.
+      d_block_sizes, p_block_sizes, m_block_sizes: (queries, KV tokens, …) a block, for decodes, for prefills and, where
+        the former are not given, for mixed batches; the compute sizes that may follow are the kernel's own. KV tokens
+        must be whole pages.
+      vmem_limit_bytes: VMEM that the compiler may use; 64 MiB if None.
+      debug_mode: the chip checks the bounds of copies.
 
     Returns:
       ``(out[T, Hq, D], kv_cache)``; rows of ``out`` that belong to no sequence are zero.
 
     Raises:
       ValueError: an argument's shape, dtype or value does not fit; the message names it.
-      NotImplementedError: a feature that this version of the kernel does not have; the message names it.
     """
-    later = {
-        "use_causal_mask=False": not use_causal_mask,
-        "update_kv_cache=False": not update_kv_cache,
-        "skip_kv_mask": skip_kv_mask,
-        "sliding_window": sliding_window is not None,
-        "soft_cap": soft_cap is not None,
-        "attention_sink": attention_sink is not None,
-        "q_scale": q_scale is not None,
-        "k_scale": k_scale is not None,
-        "v_scale": v_scale is not None,
-        "chunk_prefill_size": chunk_prefill_size is not None,
-        "d_block_sizes": d_block_sizes is not None,
-        "p_block_sizes": p_block_sizes is not None,
-        "m_block_sizes": m_block_sizes is not None,
-        "debug_mode": debug_mode,
-        f"a {kv_cache.dtype} KV cache": kv_cache.dtype not in (jnp.bfloat16, jnp.float32),
-    }
-    for feature, wanted in later.items():
-        if wanted:
-            raise NotImplementedError(f"ragged_paged_attention: {feature} is not supported yet")
     _validate(queries, keys, values, kv_cache, kv_lens, page_indices, cu_q_lens, distribution)
-
+    _validate_options(
+        attention_sink=(attention_sink, queries.shape[1]),
+        at_least_one={"sliding_window": sliding_window, "chunk_prefill_size": chunk_prefill_size},
+        positive={"soft_cap": soft_cap, "q_scale": q_scale, "k_scale": k_scale, "v_scale": v_scale},
+        finite={"sm_scale": sm_scale, "mask_value": mask_value},
+        block_sizes={"d_block_sizes": d_block_sizes, "p_block_sizes": p_block_sizes, "m_block_sizes": m_block_sizes},
+        page_size=kv_cache.shape[1],
+        out_dtype=out_dtype,
+    )
+    if skip_kv_mask and use_causal_mask:
+        raise ValueError("ragged_paged_attention: skip_kv_mask needs use_causal_mask=False")
     num_tokens, num_q_heads, head_dim = queries.shape
     num_kv_heads = keys.shape[1]
     _, page_size, kv_rows, pack, padded_dim = kv_cache.shape
     out_dtype = jnp.dtype(queries.dtype if out_dtype is None else out_dtype)
-    mask_value = DEFAULT_MASK_VALUE if mask_value is None else mask_value
-    if not math.isfinite(mask_value):
-        raise ValueError(f"mask_value must be finite, got {mask_value}")
+    compute_dtype = _compute_dtype(kv_cache.dtype)
+    options = _Options(
+        sm_scale=sm_scale * (q_scale or 1.0) * (k_scale or 1.0),
+        mask_value=DEFAULT_MASK_VALUE if mask_value is None else mask_value,
+        sliding_window=sliding_window,
+        soft_cap=soft_cap,
+        v_scale=v_scale,
+        causal=use_causal_mask,
+    )
+    if q_scale is not None:
+        queries = _rounded(queries / q_scale, kv_cache.dtype)
+    given_cache = kv_cache
+    if not use_causal_mask:
+        kv_cache = _with_new_tokens(kv_cache, keys, values, kv_lens, page_indices, cu_q_lens, distribution)
 
     def padded(array):
         heads = (0, _padded_heads(array.shape[1], array.dtype) - array.shape[1])
         return jnp.pad(array, ((0, 0), heads, (0, padded_dim - head_dim)))
 
-    q = padded(queries.astype(kv_cache.dtype))
+    q = padded(queries.astype(compute_dtype))
     keys, values = padded(keys), padded(values)
     heads, tiles = q.shape[1], padded_dim // LANES
 
-    bq = min(Q_BLOCK_TOKENS, num_tokens)
-    bkv = KV_BLOCK_PAGES * page_size
+    own_bkv = max(KV_BLOCK_PAGES * 32 // page_size, 1) * page_size
+    bq, bkv = (p_block_sizes or m_block_sizes or (Q_BLOCK_TOKENS, own_bkv))[:2]
+    bq, decode_bkv = min(bq, num_tokens), (d_block_sizes or (1, own_bkv))[1]
+    sinks = ()
+    if attention_sink is not None:
+        sink = jnp.pad(attention_sink * LOG2_E, (0, heads - num_q_heads))
+        sinks = (jnp.broadcast_to(sink[:, None], (heads, LANES)),)
     group = num_q_heads // num_kv_heads
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     out, new_cache = pl.pallas_call(
         functools.partial(
             _rpa_kernel,
-            sm_scale=sm_scale,
-            mask_value=mask_value,
+            options=options,
             num_q_heads=num_q_heads,
             num_kv_heads=num_kv_heads,
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(1,),
-            in_specs=[hbm, hbm, hbm, hbm],
+            in_specs=[hbm, hbm, hbm, hbm, *(pl.BlockSpec(memory_space=pltpu.VMEM) for _ in sinks)],
             out_specs=[hbm, hbm],
             scratch_shapes=[
                 (
                     pltpu.VMEM((DECODE_BUFFERS, tiles, 1, heads, LANES), q.dtype),
                     pltpu.VMEM((DECODE_BUFFERS, tiles, 1, keys.shape[1], LANES), kv_cache.dtype),
                     pltpu.VMEM((DECODE_BUFFERS, tiles, 1, keys.shape[1], LANES), kv_cache.dtype),
-                    pltpu.VMEM((DECODE_BUFFERS, bkv, kv_rows, pack, padded_dim), kv_cache.dtype),
+                    pltpu.VMEM((DECODE_BUFFERS, decode_bkv, kv_rows, pack, padded_dim), kv_cache.dtype),
                     pltpu.VMEM((heads, padded_dim), q.dtype),
                     pltpu.VMEM((2, tiles, kv_rows, LANES), jnp.uint32),
                     pltpu.VMEM((2, heads, padded_dim), out_dtype),
@@ -850,8 +992,8 @@ def ragged_paged_attention(
                     pltpu.VMEM((num_kv_heads, group * bq, padded_dim), jnp.float32),
                     pltpu.VMEM((group * bq, bkv), jnp.float32),
                     pltpu.VMEM((group * bq, bkv), jnp.float32),
-                    pltpu.VMEM((group * bq, bkv), kv_cache.dtype),
-                    pltpu.VMEM((group * bq, bkv), kv_cache.dtype),
+                    pltpu.VMEM((group * bq, bkv), compute_dtype),
+                    pltpu.VMEM((group * bq, bkv), compute_dtype),
                     pltpu.SemaphoreType.DMA((2,)),
                     pltpu.SemaphoreType.DMA((2,)),
                     pltpu.SemaphoreType.DMA,
@@ -867,11 +1009,65 @@ def ragged_paged_attention(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary",),
             vmem_limit_bytes=vmem_limit_bytes or 64 * 2**20,
-            disable_bounds_checks=True,
+            disable_bounds_checks=not debug_mode,
         ),
         name=KERNEL_NAME,
-    )(kv_lens, page_indices, cu_q_lens, distribution, q, keys, values, kv_cache)
-    return out[:, :num_q_heads, :head_dim], new_cache
+    )(kv_lens, page_indices, cu_q_lens, distribution, q, keys, values, kv_cache, *sinks)
+    return out[:, :num_q_heads, :head_dim], new_cache if update_kv_cache else given_cache
+
+
+def _rounded(x, dtype):
+    """The nearest values that `dtype` has."""
+    if jnp.issubdtype(dtype, jnp.integer):
+        return jnp.clip(jnp.round(x), jnp.iinfo(dtype).min, jnp.iinfo(dtype).max).astype(dtype)
+    limit = float(jnp.finfo(dtype).max)
+    return jnp.clip(x, -limit, limit).astype(dtype)
+
+
+def _with_new_tokens(kv_cache, keys, values, kv_lens, page_indices, cu_q_lens, distribution):
+    """The cache with the new tokens in their slots, by XLA."""
+    num_tokens, num_kv_heads, head_dim = keys.shape
+    num_pages, page_size, rows, pack, padded_dim = kv_cache.shape
+    seq_ends = jnp.where(jnp.arange(kv_lens.shape[0]) < distribution[2], cu_q_lens[1:], cu_q_lens[distribution[2]])
+    token = jnp.arange(num_tokens)
+    seq = jnp.minimum(jnp.searchsorted(seq_ends, token, side="right"), kv_lens.shape[0] - 1)
+    position = kv_lens[seq] - cu_q_lens[seq + 1] + token
+    page = page_indices[seq * (page_indices.shape[0] // kv_lens.shape[0]) + position // page_size]
+    slot = jnp.where(token < cu_q_lens[distribution[2]], page * page_size + position % page_size, num_pages * page_size)
+    new = jnp.stack([keys, values], axis=2).reshape(num_tokens, 2 * num_kv_heads, head_dim)
+    new = jnp.pad(new, ((0, 0), (0, rows * pack - 2 * num_kv_heads), (0, padded_dim - head_dim)))
+    slots = kv_cache.reshape(num_pages * page_size, rows, pack, padded_dim)
+    return slots.at[slot].set(new.reshape(num_tokens, rows, pack, padded_dim), mode="drop").reshape(kv_cache.shape)
+
+
+def _validate_options(*, attention_sink, at_least_one, positive, finite, block_sizes, page_size, out_dtype):
+    def require(condition, message):
+        if not condition:
+            raise ValueError(f"ragged_paged_attention: {message}")
+
+    sink, num_q_heads = attention_sink
+    if sink is not None:
+        told = f"attention_sink must be f32[{num_q_heads}], one a query head"
+        require(hasattr(sink, "dtype"), f"{told}, got {sink!r}")
+        require(sink.shape == (num_q_heads,) and sink.dtype == jnp.float32, f"{told}, got {sink.dtype}{sink.shape}")
+    for name, value in at_least_one.items():
+        whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+        require(value is None or (whole and value >= 1), f"{name} must be a whole number of at least 1, got {value!r}")
+    for name, value in (positive | finite).items():
+        number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+        require(value is None or (number and math.isfinite(value)), f"{name} must be finite, got {value!r}")
+        require(value is None or name in finite or value > 0, f"{name} must be positive, got {value!r}")
+    for name, sizes in block_sizes.items():
+        whole = sizes is None or all(isinstance(size, int | np.integer) and size >= 1 for size in sizes)
+        require(whole and (sizes is None or len(sizes) >= 2), f"{name} must be (queries, KV tokens, …), got {sizes!r}")
+        require(
+            sizes is None or sizes[1] % page_size == 0,
+            f"{name}: {sizes and sizes[1]} KV tokens are not whole pages of {page_size}",
+        )
+    require(
+        out_dtype is None or jnp.dtype(out_dtype) in (jnp.bfloat16, jnp.float32),
+        f"out_dtype must be bfloat16 or float32, got {out_dtype}",
+    )
 
 
 def _validate(queries, keys, values, kv_cache, kv_lens, page_indices, cu_q_lens, distribution):
@@ -893,6 +1089,7 @@ def _validate(queries, keys, values, kv_cache, kv_lens, page_indices, cu_q_lens,
         f"{num_q_heads} query heads are not a multiple of {num_kv_heads} KV heads",
     )
     require(queries.dtype in (jnp.bfloat16, jnp.float32), f"queries must be bfloat16 or float32, got {queries.dtype}")
+    require(kv_cache.dtype in CACHE_DTYPES, f"kv_cache must be one of {CACHE_NAMES}, got {kv_cache.dtype}")
     for name, array in (("keys", keys), ("values", values)):
         require(array.dtype == kv_cache.dtype, f"{name} are {array.dtype}, kv_cache {kv_cache.dtype}")
     pack = 32 // (8 * kv_cache.dtype.itemsize)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 from jax.extend.core import jaxpr_as_fun
 
 import kernel
@@ -18,6 +19,9 @@ jax.config.update("jax_platforms", "cpu")  # whatever the machine has
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 F32 = np.dtype(np.float32)
+INT8 = np.dtype(np.int8)
+E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
+E5M2 = np.dtype(ml_dtypes.float8_e5m2)
 # Of the float64 result, in units of its largest element: rounding of the output and of the weights.
 TOLERANCE = {BF16: 1.5e-2, F32: 2e-5}
 
@@ -34,14 +38,42 @@ class Shape:
     kv_heads: int = 2
     group: int = 2
     head_dim: int = 128
-    dtype: Any = F32
+    dtype: Any = F32  # of queries and output
+    cache_dtype: Any = None  # of keys, values and cache; that of the queries if None
     q_block: int = 8
-    kv_pages: int = 1
+    kv_pages: int = 1  # pages a KV block
     sm_scale: float = 0.25
+    sliding_window: int | None = None
+    soft_cap: float | None = None
+    sink: bool = False
+    q_scale: float | None = None
+    k_scale: float | None = None
+    v_scale: float | None = None
+    use_causal_mask: bool = True
+    update_kv_cache: bool = True
+
+    @property
+    def kv_dtype(self) -> Any:
+        return self.cache_dtype or self.dtype
+
+    @property
+    def options(self) -> dict[str, Any]:
+        names = ("sliding_window", "soft_cap", "q_scale", "k_scale", "v_scale", "use_causal_mask", "update_kv_cache")
+        blocks = (self.q_block, self.kv_pages * self.page)
+        given = {name: getattr(self, name) for name in names} | {"d_block_sizes": blocks, "p_block_sizes": blocks}
+        return given | {"sm_scale": self.sm_scale, "attention_sink": self.sinks}
+
+    @property
+    def sinks(self) -> Any:
+        """Some count as much as all keys together, some hardly."""
+        return np.linspace(-2, 6, self.kv_heads * self.group, dtype=F32) if self.sink else None
 
     @property
     def pack(self) -> int:
-        return 4 // self.dtype.itemsize
+        return 4 // self.kv_dtype.itemsize
+
+    def first_seen(self, position: int) -> int:
+        return max(0, position - self.sliding_window + 1) if self.sliding_window else 0
 
     @property
     def rows(self) -> int:
@@ -58,14 +90,16 @@ def make_inputs(shape: Shape, q_lens: list[int], kv_lens: list[int], seed: int =
     total, used = len(q_lens), sum(q_lens)
     assert used <= shape.tokens and total <= shape.seqs
 
-    def normal(*dims: int) -> np.ndarray:
-        return rng.standard_normal(dims).astype(shape.dtype)
+    def normal(*dims: int, dtype: Any = shape.kv_dtype) -> np.ndarray:
+        drawn = rng.standard_normal(dims)
+        return (drawn * 40).round().clip(-128, 127).astype(INT8) if dtype == INT8 else drawn.astype(dtype)
 
-    queries = normal(shape.tokens, shape.kv_heads * shape.group, shape.head_dim)
+    queries = normal(shape.tokens, shape.kv_heads * shape.group, shape.head_dim, dtype=shape.dtype)
     keys = normal(shape.tokens, shape.kv_heads, shape.head_dim)
     values = normal(shape.tokens, shape.kv_heads, shape.head_dim)
     cache = normal(shape.pages, shape.page, shape.rows, shape.pack, shape.padded_dim)
     cache[..., shape.head_dim :] = 0
+    nothing = 127 if shape.kv_dtype == INT8 else np.nan
     free = rng.permutation(shape.pages)
     table = rng.integers(2**20, 2**30, (shape.seqs, shape.pages_per_seq))
     tokens_in_page = np.zeros(shape.pages, int)
@@ -74,12 +108,17 @@ def make_inputs(shape: Shape, q_lens: list[int], kv_lens: list[int], seed: int =
         count = -(-kv_len // shape.page)
         table[seq, :count] = free[taken : taken + count]
         tokens_in_page[table[seq, :count]] = np.minimum(shape.page, kv_len - shape.page * np.arange(count))
+        left_behind = shape.first_seen(kv_len - q_lens[seq]) // shape.page  # pages that an engine may have freed
+        tokens_in_page[table[seq, :left_behind]] = 0
+        if poison:
+            table[seq, :left_behind] = 2**20
         taken += count
     if poison:
         for page, count in enumerate(tokens_in_page):
-            cache[page, count:] = np.nan
-        for array in (queries, keys, values):
-            array[used:] = np.nan
+            cache[page, count:] = nothing
+        queries[used:] = np.nan
+        for array in (keys, values):
+            array[used:] = nothing
     padded_kv_lens = rng.integers(2**20, 2**30, shape.seqs)
     padded_kv_lens[:total] = kv_lens
     cu_q_lens = rng.integers(2**20, 2**30, shape.seqs + 1)
@@ -91,46 +130,55 @@ def make_inputs(shape: Shape, q_lens: list[int], kv_lens: list[int], seed: int =
 
 def expected(shape: Shape, inputs: list[Any], *, shift: int = 0, drop_last: bool = False) -> tuple[Any, Any]:
     """(float64 output, cache to the bit), token by token. `shift` and `drop_last` are mistakes to be noticed."""
-    queries, keys, values, cache, kv_lens, table, cu_q_lens, distribution = inputs
-    cache = cache.copy()
+    queries, keys, values, given, kv_lens, table, cu_q_lens, distribution = inputs
+    cache = given.copy()
     table = table.reshape(shape.seqs, shape.pages_per_seq)
     flat = cache.reshape(shape.pages * shape.page, shape.rows * shape.pack, shape.padded_dim)
     out = np.zeros(queries.shape)
+    if shape.q_scale:
+        queries = (queries.astype(F32) / shape.q_scale).astype(shape.kv_dtype)
+    scale = shape.sm_scale * (shape.q_scale or 1) * (shape.k_scale or 1)
     for seq in range(distribution[2]):
         start, end, kv_len = int(cu_q_lens[seq]), int(cu_q_lens[seq + 1]), int(kv_lens[seq])
         slots = [int(table[seq, i // shape.page]) * shape.page + i % shape.page for i in range(kv_len)]
         for row in range(start, end):
             slot = flat[slots[kv_len - (end - row)]]
+            slot[2 * shape.kv_heads :] = 0
             for head in range(shape.kv_heads):
                 slot[2 * head, : shape.head_dim] = keys[row, head]
                 slot[2 * head + 1, : shape.head_dim] = values[row, head]
         for row in range(start, end):
-            seen = min(kv_len - (end - row) + 1 + shift, kv_len)
-            chosen = flat[slots[:seen]].astype(np.float64)
+            position = kv_len - (end - row)
+            last = position if shape.use_causal_mask else kv_len - 1
+            first = min(shape.first_seen(position + shift), last)
+            chosen = flat[slots[first : min(last + 1 + shift, kv_len)]].astype(np.float64)
             for q_head in range(shape.kv_heads * shape.group):
                 head = q_head // shape.group
                 k, v = chosen[:, 2 * head, : shape.head_dim], chosen[:, 2 * head + 1, : shape.head_dim]
-                scores = k @ queries[row, q_head].astype(np.float64) * shape.sm_scale
+                scores = k @ queries[row, q_head].astype(np.float64) * scale
+                if shape.soft_cap:
+                    scores = shape.soft_cap * np.tanh(scores / shape.soft_cap)
                 if drop_last and len(scores) > 1:
                     scores[-1] = -np.inf
-                weights = np.exp(scores - scores.max())
-                out[row, q_head] = weights @ v / weights.sum()
-    return out, cache
+                sink = np.array([shape.sinks[q_head]] if shape.sink else [], np.float64)
+                top = np.concatenate([scores, sink]).max()
+                weights = np.exp(scores - top)
+                total = weights.sum() + np.exp(sink - top).sum()
+                out[row, q_head] = weights @ v / total * (shape.v_scale or 1)
+    return out, cache if shape.update_kv_cache else given
 
 
 PROGRAMS: dict[Shape, Any] = {}
 
 
-def run(shape: Shape, inputs: list[Any], monkeypatch: pytest.MonkeyPatch) -> tuple[np.ndarray, np.ndarray]:
+def run(shape: Shape, inputs: list[Any]) -> tuple[np.ndarray, np.ndarray]:
     """The kernel's output and cache, every pallas_call interpreted."""
     if shape not in PROGRAMS:
         jax_shims.patch_interpreter()
-        monkeypatch.setattr(kernel, "Q_BLOCK_TOKENS", shape.q_block)
-        monkeypatch.setattr(kernel, "KV_BLOCK_PAGES", shape.kv_pages)
         avals = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in inputs]
 
         def call(*arrays: Any) -> Any:
-            return kernel.ragged_paged_attention(*arrays, sm_scale=shape.sm_scale)
+            return kernel.ragged_paged_attention(*arrays, **shape.options)
 
         traced = jax_shims.interpreted(jax.make_jaxpr(call)(*avals))
         PROGRAMS[shape] = jax_shims.compile_cpu(jaxpr_as_fun(traced), avals, ())
@@ -144,14 +192,20 @@ def error_of(got: np.ndarray, want: np.ndarray) -> float:
     return float("inf") if not np.isfinite(difference).all() else float(difference.max() / max(1.0, np.abs(want).max()))
 
 
-def check(shape: Shape, q_lens: list[int], kv_lens: list[int], monkeypatch: Any, seed: int = 0) -> None:
+def same_bits(got: np.ndarray, want: np.ndarray) -> bool:
+    """Equal to the bit; where both are NaN any bits do, since the CPU moves 8-bit ones through wider types."""
+    differ = (got.view(f"u{got.itemsize}") != want.view(f"u{got.itemsize}")).nonzero()
+    return bool(np.isnan(got[differ].astype(F32)).all() and np.isnan(want[differ].astype(F32)).all())
+
+
+def check(shape: Shape, q_lens: list[int], kv_lens: list[int], seed: int = 0) -> None:
     inputs = make_inputs(shape, q_lens, kv_lens, seed)
     before = [array.copy() for array in inputs]
-    out, cache = run(shape, inputs, monkeypatch)
+    out, cache = run(shape, inputs)
     want, want_cache = expected(shape, inputs)
-    assert out.shape == inputs[0].shape and out.dtype == shape.dtype
+    assert out.shape == inputs[0].shape and out.dtype == shape.dtype and cache.dtype == shape.kv_dtype
     assert error_of(out, want) < TOLERANCE[shape.dtype]
-    assert np.array_equal(cache.view(np.uint8), want_cache.view(np.uint8))
+    assert same_bits(cache, want_cache)
     assert not out[sum(q_lens) :].astype(np.float32).any()
     assert all(np.array_equal(a.view(np.uint8), b.view(np.uint8)) for a, b in zip(inputs, before, strict=True))
 
@@ -191,8 +245,8 @@ RAGGED = {
 
 
 @pytest.mark.parametrize("case", RAGGED)
-def test_ragged_batches(case, monkeypatch):
-    check(BASE, *RAGGED[case], monkeypatch)
+def test_ragged_batches(case):
+    check(BASE, *RAGGED[case])
 
 
 MIXED = ([1, 0, 12, 5, 1], [33, 0, 12, 37, 17])
@@ -222,12 +276,43 @@ SHAPES = {
 
 @pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("name", SHAPES)
-def test_shapes_types_and_tiles(name, seed, monkeypatch):
-    check(SHAPES[name], *MIXED, monkeypatch, seed=seed)
+def test_shapes_types_and_tiles(name, seed):
+    check(SHAPES[name], *MIXED, seed=seed)
+
+
+FEATURES = {
+    "sliding window": dataclasses.replace(BASE, sliding_window=20),
+    "sliding window, two pages a block": dataclasses.replace(BASE, sliding_window=11, kv_pages=2, dtype=BF16),
+    "soft cap and sinks": dataclasses.replace(BASE, soft_cap=2.0, sink=True),
+    "int8": dataclasses.replace(BASE, dtype=BF16, cache_dtype=INT8, k_scale=1 / 40, v_scale=1 / 20),
+    "float8_e4m3fn, all options": dataclasses.replace(
+        BASE, dtype=BF16, cache_dtype=E4M3, sliding_window=24, sink=True, soft_cap=3.0, q_scale=0.5, k_scale=2.0
+    ),
+    "float8_e5m2, group 4": dataclasses.replace(BASE, dtype=BF16, cache_dtype=E5M2, group=4, kv_heads=3, v_scale=3.0),
+    "not causal": dataclasses.replace(BASE, use_causal_mask=False, kv_pages=2),
+    "not causal, window": dataclasses.replace(BASE, use_causal_mask=False, sliding_window=9, dtype=BF16),
+    "cache as it came": dataclasses.replace(BASE, update_kv_cache=False, v_scale=0.5),
+}
+
+
+@pytest.mark.parametrize("case", RAGGED)
+@pytest.mark.parametrize("name", FEATURES)
+def test_features(name, case):
+    check(FEATURES[name], *RAGGED[case])
+
+
+@pytest.mark.parametrize("name", ["sliding window", "int8", "float8_e4m3fn, all options", "not causal, window"])
+@pytest.mark.parametrize("mistake", [{"shift": 1}, {"drop_last": True}])
+def test_the_tolerance_notices_an_off_by_one_of_a_feature(name, mistake):
+    shape = FEATURES[name]
+    inputs = make_inputs(shape, [6, 1, 9], [20, 33, 9], poison=False)
+    out, _ = run(shape, inputs)
+    assert error_of(out, expected(shape, inputs)[0]) < TOLERANCE[shape.dtype]
+    assert error_of(out, expected(shape, inputs, **mistake)[0]) > 5 * TOLERANCE[shape.dtype]
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_drawn_batches(seed, monkeypatch):
+def test_drawn_batches(seed):
     rng = np.random.default_rng(seed)
     q_lens, kv_lens, pages = [], [], BASE.pages
     for _ in range(rng.integers(1, BASE.seqs + 1)):
@@ -237,36 +322,35 @@ def test_drawn_batches(seed, monkeypatch):
             pages -= -(-kv_len // BASE.page)
             q_lens.append(new)
             kv_lens.append(kv_len)
-    check(dataclasses.replace(BASE, dtype=(BF16, F32)[seed % 2]), q_lens, kv_lens, monkeypatch, seed=seed)
+    check(dataclasses.replace(BASE, dtype=(BF16, F32)[seed % 2]), q_lens, kv_lens, seed=seed)
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32])
 @pytest.mark.parametrize("mistake", [{"shift": 1}, {"drop_last": True}])
-def test_the_tolerance_notices_an_off_by_one(mistake, dtype, monkeypatch):
+def test_the_tolerance_notices_an_off_by_one(mistake, dtype):
     shape = dataclasses.replace(BASE, dtype=dtype)
     inputs = make_inputs(shape, [6, 1, 9], [20, 33, 9])
-    out, _ = run(shape, inputs, monkeypatch)
+    out, _ = run(shape, inputs)
     assert error_of(out, expected(shape, inputs)[0]) < TOLERANCE[dtype] / 2
     wrong, _ = expected(shape, inputs, **mistake)
     assert error_of(out, wrong) > 10 * TOLERANCE[dtype]
 
 
-def test_values_do_not_leak_between_sequences(monkeypatch):
+def test_values_do_not_leak_between_sequences():
     """Another context in one sequence changes no bit of the others."""
     first = make_inputs(BASE, [3, 4, 5], [20, 30, 40])
     second = [array.copy() for array in first]
     page = int(first[5].reshape(BASE.seqs, -1)[1, 0])
     second[3][page] += 1
-    out_first, _ = run(BASE, first, monkeypatch)
-    out_second, _ = run(BASE, second, monkeypatch)
+    out_first, _ = run(BASE, first)
+    out_second, _ = run(BASE, second)
     same = (out_first == out_second).reshape(BASE.tokens, -1).all(axis=1)
     assert same[:3].all() and not same[3:7].any() and same[7:].all()
 
 
-def test_out_dtype_and_mask_value(monkeypatch):
+def test_out_dtype_and_mask_value():
     inputs = make_inputs(BASE, [3, 2], [20, 2])
     jax_shims.patch_interpreter()
-    monkeypatch.setattr(kernel, "Q_BLOCK_TOKENS", 8)
 
     def call(*arrays: Any) -> Any:
         return kernel.ragged_paged_attention(*arrays, sm_scale=0.25, out_dtype=jnp.bfloat16, mask_value=-1e30)
@@ -340,37 +424,52 @@ def test_a_batch_of_nothing_is_refused():
     )
 
 
-@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
-def test_a_mask_value_that_is_not_finite_is_refused(value):
-    refused(structs(), ValueError, "mask_value must be finite", mask_value=value)
-
-
 @pytest.mark.parametrize(
-    ("option", "message"),
+    ("options", "message"),
     [
-        ({"use_causal_mask": False}, "use_causal_mask=False"),
-        ({"update_kv_cache": False}, "update_kv_cache=False"),
-        ({"skip_kv_mask": True}, "skip_kv_mask"),
-        ({"sliding_window": 128}, "sliding_window"),
-        ({"soft_cap": 30.0}, "soft_cap"),
-        ({"attention_sink": 1}, "attention_sink"),
-        ({"q_scale": 1.0}, "q_scale"),
-        ({"k_scale": 1.0}, "k_scale"),
-        ({"v_scale": 1.0}, "v_scale"),
-        ({"chunk_prefill_size": 64}, "chunk_prefill_size"),
-        ({"d_block_sizes": (1, 2)}, "d_block_sizes"),
-        ({"p_block_sizes": (1, 2)}, "p_block_sizes"),
-        ({"m_block_sizes": (1, 2)}, "m_block_sizes"),
-        ({"debug_mode": True}, "debug_mode"),
+        ({"mask_value": float("inf")}, "mask_value must be finite, got inf"),
+        ({"mask_value": float("nan")}, "mask_value must be finite, got nan"),
+        ({"sm_scale": float("nan")}, "sm_scale must be finite, got nan"),
+        ({"sliding_window": 0}, "sliding_window must be a whole number of at least 1, got 0"),
+        ({"sliding_window": 2.5}, "sliding_window must be a whole number of at least 1, got 2.5"),
+        ({"soft_cap": 0.0}, "soft_cap must be positive, got 0.0"),
+        ({"soft_cap": "30"}, "soft_cap must be finite, got '30'"),
+        ({"q_scale": -1.0}, "q_scale must be positive, got -1.0"),
+        ({"k_scale": 0}, "k_scale must be positive, got 0"),
+        ({"v_scale": float("inf")}, "v_scale must be finite, got inf"),
+        ({"attention_sink": 1.0}, r"attention_sink must be f32\[4\], one a query head, got 1.0"),
+        ({"attention_sink": np.zeros(3, F32)}, r"attention_sink must be f32\[4\], one a query head, got float32\(3,\)"),
+        ({"attention_sink": np.zeros(4, BF16)}, r"attention_sink must be f32\[4\], one a query head, got bfloat16"),
+        ({"chunk_prefill_size": 0}, "chunk_prefill_size must be a whole number of at least 1, got 0"),
+        ({"d_block_sizes": (1,)}, r"d_block_sizes must be \(queries, KV tokens, …\), got \(1,\)"),
+        ({"p_block_sizes": (0, 16)}, r"p_block_sizes must be \(queries, KV tokens, …\), got \(0, 16\)"),
+        ({"m_block_sizes": (8, 24, 8, 24)}, "m_block_sizes: 24 KV tokens are not whole pages of 16"),
+        ({"skip_kv_mask": True}, "skip_kv_mask needs use_causal_mask=False"),
+        ({"out_dtype": jnp.int8}, "out_dtype must be bfloat16 or float32"),
     ],
 )
-def test_a_feature_that_is_not_there_is_named(option, message):
-    refused(structs(), NotImplementedError, f"{message} is not supported yet", **option)
+def test_an_option_that_does_not_fit_is_named(options, message):
+    refused(structs(), ValueError, f"ragged_paged_attention: {message}", **options)
 
 
-@pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", [jnp.int16, jnp.float16, jnp.float8_e4m3b11fnuz])
 def test_a_cache_type_that_is_not_there_is_named(dtype):
-    refused(changed("kv_cache", dtype=dtype), NotImplementedError, "KV cache is not supported yet")
+    refused(
+        changed("kv_cache", dtype=dtype), ValueError, "kv_cache must be one of bfloat16, float32, int8, float8_e4m3fn"
+    )
+
+
+def test_every_value_of_a_byte_is_read_as_its_type_says():
+    words = np.arange(1 << 8, dtype=np.uint32).reshape(2, 128) * np.uint32(0x01010101)
+    for dtype in (INT8, E4M3, E5M2):
+        want = np.arange(1 << 8, dtype=np.uint8).view(dtype).astype(F32).reshape(2, 128)
+        for byte in range(4):
+            call = pl.pallas_call(
+                lambda ref, out, byte=byte, dtype=dtype: out.__setitem__(..., kernel._from_byte(ref[...], byte, dtype)),
+                out_shape=jax.ShapeDtypeStruct((2, 128), F32),
+                interpret=True,
+            )
+            np.testing.assert_array_equal(np.asarray(call(words)), want)
 
 
 # --- the problem ---

@@ -50,6 +50,15 @@ def test_kind_of_division_survives_its_comment(tmp_path, kind):
     assert dump.bundles[0].slots[0].rest == f"%s2_s1, %s3_s2 , kind={kind}"
 
 
+def test_kind_of_division_is_told_beside_its_source(tmp_path):
+    dump = parsed(
+        tmp_path,
+        '0 : { %1 = sdivrem.u32 %s2_s1, 3 /* loc("/t/kernel.py":260:9 to :18) :: kDivAndRem */  ;;  %2 = sfence }\n',
+    )
+    slot = dump.bundles[0].slots[0]
+    assert (slot.rest, slot.source) == ("%s2_s1, 3 , kind=kDivAndRem", ("kernel.py", 260))
+
+
 def test_comments_nest_and_span_lines(tmp_path):
     dump = parsed(
         tmp_path,

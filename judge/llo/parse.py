@@ -62,7 +62,8 @@ class Dump:
 
 
 _NAMED_ARGUMENT = re.compile(r"/\*([a-zA-Z_0-9]+)=\*/")
-_DIVISION_RESULT = re.compile(r"/\* (k(?:Div|Rem|DivAndRem)) \*/")  # which results of sdivrem are popped
+# Which results of sdivrem are popped; perhaps behind where it comes from.
+_DIVISION_RESULT = re.compile(r"/\* (?:(loc\(\"[^\"]*\":[^()\"]*\)) :: )?(k(?:Div|Rem|DivAndRem)) \*/")
 # Directly behind a slot, alone in its comment; elsewhere (a phi's operands, bounds checks) it says something else.
 _SOURCE = re.compile(r"/\* loc\(\"(?:[^\"]*/)?([^\"/\0]*)\":(\d+):[^()\"]*\) \*/")
 _BUNDLE = re.compile(r"^\s*(0x[0-9a-f]+|0)\s+([A-Z]{2})?\s*: ([> ]*)\{(.*)\}\s*$", re.S)
@@ -126,12 +127,16 @@ def _slot(path: Path, line: int, text: str) -> Slot:
     return Slot(register=register, result=result, opcode=opcode, rest=" ".join(rest.split()), source=source)
 
 
+def _division(match: re.Match[str]) -> str:
+    return f", kind={match[2]}" + (f" /* {match[1]} */" if match[1] else "")
+
+
 def _statements(path: Path) -> list[tuple[int, str, str]]:
     """(line, code, comments) of each bundle, comments (which nest and span lines) taken out of the code."""
     statements: list[tuple[int, list[str], list[str]]] = []
     depth = 0
     for number, raw in enumerate(path.read_text().splitlines(), 1):
-        text = _DIVISION_RESULT.sub(r", kind=\1", _NAMED_ARGUMENT.sub(r" \1=", raw))
+        text = _DIVISION_RESULT.sub(_division, _NAMED_ARGUMENT.sub(r" \1=", raw))
         if "/* loc(" in text:
             text = _SOURCE.sub("\0\\1\0\\2\0", text)
         if depth == 0:
