@@ -30,7 +30,7 @@ PROBLEM_DESCRIPTION = (
 Q_BLOCK_TOKENS = 128  # new tokens of one sequence in a query block
 KV_BLOCK_PAGES = 16  # pages of 32 tokens in one KV block; as many tokens in pages of another size
 SOFTMAX_ROWS = 64  # rows of scores that become weights at a time
-DECODE_BUFFERS = 2  # KV blocks of decodes in VMEM: one in work, the others on their way
+DECODE_BUFFERS = 3  # KV blocks of decodes in VMEM: one in work, the others on their way
 
 TUNABLES = {
     "Q_BLOCK_TOKENS": (1, 2, 4, 8, 16, 32, 64, 128, 256),
