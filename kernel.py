@@ -30,6 +30,7 @@ PROBLEM_DESCRIPTION = (
 Q_BLOCK_TOKENS = 128  # new tokens of one sequence in a query block
 KV_BLOCK_PAGES = 16  # pages of 32 tokens in one KV block; as many tokens in pages of another size
 SOFTMAX_ROWS = 64  # rows of scores that become weights at a time
+CHUNK_WORDS = 512  # 32-bit words of a KV block whose keys meet a decode's queries at a time
 DECODE_BUFFERS = 3  # KV blocks of decodes in VMEM: one in work, the others on their way
 
 TUNABLES = {
@@ -280,9 +281,11 @@ class _Decode:
     q: Any  # [Hq, D]: the sequence in work
     new: Any  # u32[2, D / 128, rows, 128]: the new token's keys and values on their way to the cache
     o: Any  # [2, Hq, D]: on its way out
-    m: Any  # f32[Hq, 128]: running maximum of the scores
-    l: Any  # f32[Hq, 128]: running sum of 2 ** (score - m)
+    m: Any  # f32[Hq, 128]: running maximum of the scores, the same in every lane
+    l: Any  # f32[Hq, 128]: running sum of 2 ** (score - m), a row over its lanes
     acc: Any  # f32[Hq, D]: running numerator
+    s: Any  # f32[Hq, bkv * Hkv]: scores of all keys of a block
+    bias: Any  # f32[Hq, bkv * Hkv]: see _tell_heads_apart
     ring_sems: Any  # DMA[buffers]
     out_sems: Any  # DMA[2]
 
@@ -375,10 +378,11 @@ def _decode_pass(call, d):
             return jax.lax.rem(slot + 1, d.buffers), ahead
 
         slot, ahead = jax.lax.fori_loop(first, last + 1, step, (slot, ahead))
-        d.o[parity] = _output(call, d.acc[...], d.l[:, :1]).astype(d.o.dtype)
+        d.o[parity] = _output(call, d.acc[...], jnp.sum(d.l[...], axis=1, keepdims=True)).astype(d.o.dtype)
         for_results(seq, parity, lambda copy: copy.start())
         return call.next_with(is_decode, seq + 1), slot, ahead, count + 1, seq, before
 
+    _tell_heads_apart(call, d)
     first = call.next_with(is_decode, jnp.int32(0))
     ahead = (first, jnp.int32(first_block(first)), jnp.int32(0))
     for _ in range(d.buffers - 1):
@@ -395,7 +399,7 @@ def _begin_decode(call, d, slot, parity):
     if call.options.causal:
         _interleave(call, d.k_ring.at[slot], d.v_ring.at[slot], d.new.at[parity])
     d.m[...] = jnp.full_like(d.m, call.options.mask_value) if call.sink is None else call.sink[...]
-    d.l[...] = jnp.full_like(d.l, 0.0 if call.sink is None else 1.0)
+    d.l[...] = jnp.full_like(d.l, 0.0 if call.sink is None else 1 / LANES)
     d.acc[...] = jnp.zeros_like(d.acc)
 
 
@@ -413,34 +417,115 @@ def _between(shape, axis, start, end):
 def _decode_block(call, d, slot, seen):
     """All query heads against one KV block, of which the tokens from `seen[0]` to before `seen[1]` count (None: all).
 
-    Every KV head's keys meet all query rows, since the MXU takes as long for one row as for its fill of weights; each
-    row keeps the result of its own head.
+    The keys of all heads, in the order in which they lie in memory, meet all query rows: the MXU takes as long for one
+    row as for its fill of weights, and what is not a row's own head has no weight.
     """
-    q = d.q[...]
-    head_of_row = jax.lax.broadcasted_iota(jnp.int32, (q.shape[0], 1), 0) // call.group
-    scores = None
-    for head in range(call.num_kv_heads):
-        k = _keys(d.kv_ring, slot, head)
-        of_head = jax.lax.dot_general(q, k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-        scores = of_head if head == 0 else jnp.where(head_of_row == head, of_head, scores)
-    scores = call.scores(scores)
-    if seen is not None:
-        scores = jnp.where(_between(scores.shape, 1, *seen), scores, call.options.mask_value)
-    m_old = d.m[:, :1]
-    m_new = jnp.maximum(m_old, jnp.max(scores, axis=1, keepdims=True))
-    p = jnp.exp2(scores - m_new)
+    kv, q = d.kv_ring.at[slot], d.q[...]
+    top = None
+    for chunk in _chunks(kv):
+        k = _chunk_of(kv, chunk, 0, seen)
+        s = call.scores(jax.lax.dot_general(q, k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32))
+        if seen is not None:
+            visible = _between_words(_word_of_column(kv, chunk), kv, seen)
+            s = jnp.where(visible, s, call.options.mask_value)
+        s += d.bias[:, chunk.columns]
+        d.s[:, chunk.columns] = s
+        most = _lane_max(s)
+        top = most if top is None else jnp.maximum(top, most)
+    m_old = d.m[...]
+    m_new = jnp.maximum(m_old, jnp.max(top, axis=1, keepdims=True))
     alpha = jnp.exp2(m_old - m_new)
-    l_new = alpha * d.l[:, :1] + jnp.sum(p, axis=1, keepdims=True)
-    pv = None
-    for head in range(call.num_kv_heads):
-        v = _values(d.kv_ring, slot, head)
-        if seen is not None:  # other slots may hold NaN
-            v = jnp.where(_between(v.shape, 0, *seen), v, jnp.zeros_like(v))
-        of_head = jnp.dot(p.astype(v.dtype), v, preferred_element_type=jnp.float32)
-        pv = of_head if head == 0 else jnp.where(head_of_row == head, of_head, pv)
-    d.acc[...] = alpha * d.acc[...] + pv
-    d.m[...] = jnp.broadcast_to(m_new, d.m.shape)
-    d.l[...] = jnp.broadcast_to(l_new, d.l.shape)
+    d.m[...] = m_new
+    l_new, pv = alpha * d.l[...], _lanes(alpha, d.acc.shape[1]) * d.acc[...]
+    for chunk in _chunks(kv):
+        v = _chunk_of(kv, chunk, 1, seen)
+        p = jnp.exp2(d.s[:, chunk.columns] - _lanes(m_new, v.shape[0]))
+        l_new += _lane_sums(p)
+        pv += jnp.dot(p.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    d.l[...] = l_new
+    d.acc[...] = pv
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chunk:
+    """Some 32-bit words of a KV block, taken in memory's order; each gives a key, or `columns` would be fewer or more."""
+
+    start: int
+    words: int
+    columns: Any  # of the scores
+
+
+def _chunks(kv):
+    """The words of a KV block ``[bkv, rows, pack, D]``, CHUNK_WORDS at a time."""
+    bkv, rows, pack, _ = kv.shape
+    words = min(CHUNK_WORDS, bkv * rows) if bkv * rows % CHUNK_WORDS == 0 else bkv * rows
+    width = words * pack // 2
+    return [_Chunk(i * words, words, pl.ds(i * width, width)) for i in range(bkv * rows // words)]
+
+
+def _word_of_column(kv, chunk):
+    """``i32[1, columns]``: the word of the block that the key of a column of scores comes from."""
+    pack = kv.shape[2]
+    column = jax.lax.broadcasted_iota(jnp.int32, (1, chunk.words * pack // 2), 1)
+    if pack == 1:
+        return chunk.start + 2 * column
+    if pack == 2:
+        return chunk.start + column // 2 + column % 2 * (chunk.words // 2)
+    return chunk.start + column % chunk.words
+
+
+def _head_of_column(kv, chunk):
+    """``i32[1, columns]``: the KV head that the key of a column of scores belongs to."""
+    rows, pack = kv.shape[1:3]
+    row = _word_of_column(kv, chunk) % rows
+    if pack == 4:
+        return 2 * row + jax.lax.broadcasted_iota(jnp.int32, row.shape, 1) // chunk.words
+    return row if pack == 2 else row // 2
+
+
+def _between_words(word, kv, seen):
+    start, end = seen
+    rows = kv.shape[1]
+    return word < end * rows if start is None else jnp.logical_and(word >= start * rows, word < end * rows)
+
+
+def _chunk_of(kv, chunk, is_value, seen):
+    """Keys or values ``[columns, D]`` of a chunk; zero where not of a token in `seen`."""
+    bkv, rows, pack, head_dim = kv.shape
+    fold = head_dim // LANES
+    words = kv.bitcast(jnp.uint32).reshape(bkv * rows, head_dim).reshape(bkv * rows * fold, LANES)
+
+    def load(tile, start, count, step=1):
+        first, stride = start * fold + tile, step * fold
+        loaded = words[pl.ds(first, count) if stride == 1 else pl.ds(first, count, stride=stride), :]
+        if seen is not None:
+            word = start + step * jax.lax.broadcasted_iota(jnp.int32, loaded.shape, 0)
+            loaded = jnp.where(_between_words(word, kv, seen), loaded, jnp.zeros_like(loaded))
+        return loaded
+
+    tiles = []
+    for tile in range(fold):
+        if pack == 1:
+            tiles.append(load(tile, chunk.start + is_value, chunk.words // 2, 2))
+        elif pack == 2:
+            half = chunk.words // 2
+            low, high = load(tile, chunk.start, half), load(tile, chunk.start + half, half)
+            tiles.append((_high_halves if is_value else _low_halves)(low, high))
+        else:
+            of_words = load(tile, chunk.start, chunk.words)
+            halves = [_from_byte(of_words, byte, kv.dtype) for byte in (is_value, 2 + is_value)]
+            tiles.append(jnp.concatenate(halves, axis=0).astype(_compute_dtype(kv.dtype)))
+    head = jnp.concatenate(tiles, axis=1)
+    return head if pack == 4 else pltpu.bitcast(head, kv.dtype)
+
+
+def _tell_heads_apart(call, d):
+    """Fills `d.bias`: zero where a column of scores belongs to a row's head, else what leaves it no weight."""
+    kv = d.kv_ring.at[0]
+    head_of_row = jax.lax.broadcasted_iota(jnp.int32, (d.q.shape[0], 1), 0) // call.group
+    for chunk in _chunks(kv):
+        own = head_of_row == _head_of_column(kv, chunk)
+        d.bias[:, chunk.columns] = jnp.where(own, 0.0, DEFAULT_MASK_VALUE)
 
 
 # --- prefills: sequences with more new tokens, a block of queries at a time -------------------------------------------
@@ -762,7 +847,18 @@ def _visible(call, b, row, shape, first_row, fetched):
 
 def _lanes(x, width):
     """`x` whose LANES lanes of a row are equal, as `width` lanes."""
-    return x[:, :width] if width <= LANES else jnp.concatenate([x] * (width // LANES), axis=1)
+    if width <= LANES:
+        return x[:, :width]
+    return jnp.concatenate([x] * (-(-width // LANES)), axis=1)[:, :width]
+
+
+def _lane_max(x):
+    """The same as _lane_sums for maxima."""
+    tiles = [x[:, i : i + LANES] for i in range(0, x.shape[1], LANES)]
+    if tiles[-1].shape[1] < LANES:
+        pad = LANES - tiles[-1].shape[1]
+        tiles[-1] = jnp.pad(tiles[-1], ((0, 0), (0, pad)), constant_values=DEFAULT_MASK_VALUE)
+    return functools.reduce(jnp.maximum, tiles)
 
 
 def _lane_sums(x):
@@ -976,6 +1072,8 @@ def ragged_paged_attention(
                     pltpu.VMEM((heads, LANES), jnp.float32),
                     pltpu.VMEM((heads, LANES), jnp.float32),
                     pltpu.VMEM((heads, padded_dim), jnp.float32),
+                    pltpu.VMEM((heads, decode_bkv * kv_rows * pack // 2), jnp.float32),
+                    pltpu.VMEM((heads, decode_bkv * kv_rows * pack // 2), jnp.float32),
                     pltpu.SemaphoreType.DMA((DECODE_BUFFERS,)),
                     pltpu.SemaphoreType.DMA((2,)),
                 ),
