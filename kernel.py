@@ -5,7 +5,8 @@ end along the token axis (``cu_q_lens``), each with its own context length (``kv
 shared KV cache (``page_indices``). The kernel writes the new keys and values into their cache slots and attends
 causally to everything that the sequence has cached, or to a window of it.
 
-Two passes share one program. Decodes are a stream of KV blocks, fetched ahead across sequences. Prefills go a block of
+Two passes share one program. Decodes are a stream of KV blocks, fetched ahead across sequences, whose keys meet the
+queries in the order in which they lie in memory. Prefills go a block of
 queries at a time: the scores of one KV head are computed while those of the head before become weights.
 """
 
@@ -28,7 +29,8 @@ PROBLEM_DESCRIPTION = (
 
 # Tunables: module-level constants that a search may rewrite, each to one of the values listed.
 Q_BLOCK_TOKENS = 128  # new tokens of one sequence in a query block
-KV_BLOCK_PAGES = 16  # pages of 32 tokens in one KV block; as many tokens in pages of another size
+KV_BLOCK_PAGES = 16  # pages of 32 tokens in one KV block of a prefill; as many tokens in pages of another size
+DECODE_BLOCK_PAGES = 16  # the same of a decode; twice as many on chips whose HBM is that fast
 SOFTMAX_ROWS = 64  # rows of scores that become weights at a time
 CHUNK_WORDS = 512  # 32-bit words of a KV block whose keys meet a decode's queries at a time
 DECODE_BUFFERS = 3  # KV blocks of decodes in VMEM: one in work, the others on their way
@@ -36,6 +38,7 @@ DECODE_BUFFERS = 3  # KV blocks of decodes in VMEM: one in work, the others on t
 TUNABLES = {
     "Q_BLOCK_TOKENS": (1, 2, 4, 8, 16, 32, 64, 128, 256),
     "KV_BLOCK_PAGES": (1, 2, 4, 8, 16, 32),
+    "DECODE_BLOCK_PAGES": (8, 16, 32, 64),
 }
 
 DEFAULT_MASK_VALUE = -0.7 * float(np.finfo(np.float32).max)
@@ -448,11 +451,11 @@ def _decode_block(call, d, slot, seen):
 
 @dataclasses.dataclass(frozen=True)
 class _Chunk:
-    """Some 32-bit words of a KV block, taken in memory's order; each gives a key, or `columns` would be fewer or more."""
+    """Some 32-bit words of a KV block in memory's order, and where the scores of their keys are."""
 
     start: int
     words: int
-    columns: Any  # of the scores
+    columns: Any  # half a one of float32, one of 16 bits, two of 8 bits a word
 
 
 def _chunks(kv):
@@ -1039,9 +1042,10 @@ def ragged_paged_attention(
     keys, values = padded(keys), padded(values)
     heads, tiles = q.shape[1], padded_dim // LANES
 
-    own_bkv = max(KV_BLOCK_PAGES * 32 // page_size, 1) * page_size
-    bq, bkv = (p_block_sizes or m_block_sizes or (Q_BLOCK_TOKENS, own_bkv))[:2]
-    bq, decode_bkv = min(bq, num_tokens), (d_block_sizes or (1, own_bkv))[1]
+    bq, bkv = (p_block_sizes or m_block_sizes or (Q_BLOCK_TOKENS, _block_tokens(KV_BLOCK_PAGES, page_size)))[:2]
+    bq = min(bq, num_tokens)
+    decode_pages = DECODE_BLOCK_PAGES * (2 if _generation() >= 7 else 1)
+    decode_bkv = (d_block_sizes or (1, _block_tokens(decode_pages, page_size)))[1]
     sinks = ()
     if attention_sink is not None:
         sink = jnp.pad(attention_sink * LOG2_E, (0, heads - num_q_heads))
@@ -1112,6 +1116,19 @@ def ragged_paged_attention(
         name=KERNEL_NAME,
     )(kv_lens, page_indices, cu_q_lens, distribution, q, keys, values, kv_cache, *sinks)
     return out[:, :num_q_heads, :head_dim], new_cache if update_kv_cache else given_cache
+
+
+def _block_tokens(pages_of_32, page_size):
+    """Tokens of a KV block of so many pages of 32 tokens, in whole pages of the size at hand."""
+    return max(pages_of_32 * 32 // page_size, 1) * page_size
+
+
+def _generation():
+    """That of the chip that is compiled for; 0 where that is no TPU."""
+    try:
+        return pltpu.get_tpu_info().generation
+    except ValueError:
+        return 0
 
 
 def _rounded(x, dtype):
@@ -1410,7 +1427,7 @@ def get_tiling_meta(**workload):
     """What the tiles declare: for people to read, never for the verdict."""
     page_size = workload.get("page_size", 32)
     num_tokens = workload.get("num_tokens", 64)
-    bq, bkv = min(Q_BLOCK_TOKENS, num_tokens), KV_BLOCK_PAGES * page_size
+    bq, bkv = min(Q_BLOCK_TOKENS, num_tokens), _block_tokens(KV_BLOCK_PAGES, page_size)
     rows = bq * NUM_Q_HEADS
     q_bytes = bq * NUM_Q_HEADS * HEAD_DIM * 2
     kv_bytes = bkv * 2 * NUM_KV_HEADS * HEAD_DIM * 2
