@@ -781,19 +781,20 @@ def _finish_heads(call, b, head):
 def _prefill_block(call, b, slot, first_row, fetched):
     """A block of queries, the first at position `first_row` of a KV block that holds the tokens of the range `fetched`.
 
-    Only what straddles the diagonal or the window's edge is masked; of its halves, one that no query sees is left out.
+    Only what straddles the diagonal or the window's edge is masked; of its quarters, those that no query sees are left out.
     """
     bq, bkv = b.q.shape[2], b.kv.shape[1]
     causal, window = call.options.causal, call.options.sliding_window
     whole = first_row >= bkv - 1 if causal else fetched[1] >= bkv
     if window is not None:
         whole = jnp.logical_and(whole, first_row + bq <= window)
-    half = bkv // 2 if bkv % (2 * LANES) == 0 else bkv
-    left = jnp.logical_and(jnp.logical_not(whole), (first_row + bq if causal else fetched[1]) <= half)
-    both = jnp.logical_not(jnp.logical_or(whole, left))
     pl.when(whole)(lambda: _prefill_keys(call, b, slot, bkv, None))
-    pl.when(left)(lambda: _prefill_keys(call, b, slot, half, (first_row, fetched)))
-    pl.when(both)(lambda: _prefill_keys(call, b, slot, bkv, (first_row, fetched)))
+    parts = next(parts for parts in (4, 2, 1) if parts == 1 or bkv % (parts * LANES) == 0)
+    part = bkv // parts
+    end = first_row + bq if causal else fetched[1]
+    masked_parts = jnp.where(whole, 0, jnp.minimum(pl.cdiv(end, part), parts))
+    for i in range(1, parts + 1):
+        pl.when(masked_parts == i)(lambda: _prefill_keys(call, b, slot, i * part, (first_row, fetched)))
 
 
 def _prefill_keys(call, b, slot, width, masked):
