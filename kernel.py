@@ -781,7 +781,7 @@ def _finish_heads(call, b, head):
 def _prefill_block(call, b, slot, first_row, fetched):
     """A block of queries, the first at position `first_row` of a KV block that holds the tokens of the range `fetched`.
 
-    Only what straddles the diagonal or the window's edge is masked; of its quarters, those that no query sees are left out.
+    Only what straddles the diagonal or the window's edge is masked; quarters that no query sees are left out.
     """
     bq, bkv = b.q.shape[2], b.kv.shape[1]
     causal, window = call.options.causal, call.options.sliding_window

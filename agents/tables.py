@@ -213,7 +213,8 @@ def as_tpu_inference(chip: str, rows: Iterable[Row]) -> dict[str, Any]:
         heads = f"q_head-{_power_of_2(q_heads)}_kv_head-{_power_of_2(row.num_kv_heads)}_head-{row.head_dim}"
         of_page = table.setdefault(DEVICES[chip], {}).setdefault(row.page_size, {})
         of_heads = of_page.setdefault(f"q_{row.dtype}_kv_{row.dtype}", {}).setdefault(heads, {})
-        of_heads[f"max_model_len-{row.max_model_len}-sw-None"] = (values["KV_BLOCK_PAGES"], values["Q_BLOCK_TOKENS"])
+        pages = max(values["KV_BLOCK_PAGES"] * 32 // row.page_size, 1)  # kernel.py counts in pages of 32 tokens
+        of_heads[f"max_model_len-{row.max_model_len}-sw-None"] = (pages, values["Q_BLOCK_TOKENS"])
     return table
 
 

@@ -85,9 +85,9 @@ def test_the_export_has_the_keys_that_an_engine_looks_up():
     narrow = dataclasses.replace(ROW, num_q_heads=40, page_size=16, max_model_len=1024)
     assert tables.as_tpu_inference("tpu7x", [ROW, narrow]) == {
         "TPU v7": {
-            64: {"q_bfloat16_kv_bfloat16": {"q_head-64_kv_head-8_head-128": {"max_model_len-8192-sw-None": (8, 64)}}},
+            64: {"q_bfloat16_kv_bfloat16": {"q_head-64_kv_head-8_head-128": {"max_model_len-8192-sw-None": (4, 64)}}},
             # five heads a group are padded to six, and 48 heads to the next power of two
-            16: {"q_bfloat16_kv_bfloat16": {"q_head-64_kv_head-8_head-128": {"max_model_len-1024-sw-None": (8, 64)}}},
+            16: {"q_bfloat16_kv_bfloat16": {"q_head-64_kv_head-8_head-128": {"max_model_len-1024-sw-None": (16, 64)}}},
         }
     }
 
