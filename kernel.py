@@ -1146,7 +1146,7 @@ def _with_new_tokens(kv_cache, keys, values, kv_lens, page_indices, cu_q_lens, d
     num_pages, page_size, rows, pack, padded_dim = kv_cache.shape
     seq_ends = jnp.where(jnp.arange(kv_lens.shape[0]) < distribution[2], cu_q_lens[1:], cu_q_lens[distribution[2]])
     token = jnp.arange(num_tokens)
-    seq = jnp.minimum(jnp.searchsorted(seq_ends, token, side="right"), kv_lens.shape[0] - 1)
+    seq = jnp.minimum(jnp.sum(token[:, None] >= seq_ends, axis=1), kv_lens.shape[0] - 1)
     position = kv_lens[seq] - cu_q_lens[seq + 1] + token
     page = page_indices[seq * (page_indices.shape[0] // kv_lens.shape[0]) + position // page_size]
     slot = jnp.where(token < cu_q_lens[distribution[2]], page * page_size + position % page_size, num_pages * page_size)

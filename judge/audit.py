@@ -1,6 +1,7 @@
-"""Does the ledger say what git has? The chain of hashes, every row's commit, kept ones on the branch."""
+"""Does the ledger say what git has? The chain of hashes, every row's commit, kept ones on the branch, none gone."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 from judge import ledger, pipeline
@@ -50,6 +51,28 @@ def audit(folder: Path) -> list[str]:
                 findings.append(f"{where}: kept with a score not above its champion's")
             else:
                 champions[row.lineage] = row.score
+    return findings + _rows_gone(repository, rows)
+
+
+def _rows_gone(repository: Repository, rows: list[ledger.Row]) -> list[str]:
+    """Rows that a commit of the branch has and the ledger has no more, unless that was another ledger altogether.
+
+    Only where a commit made the file shorter: the judge's own only ever add to it.
+    """
+    commits = repository.git("log", "--format=%H", "HEAD", "--", LEDGER).split()
+    sizes = repository.sizes_bytes(f"{commit}:{LEDGER}" for commit in commits)
+    present, findings = {row.row_sha256 for row in rows}, []
+    for (newer, size), (older, size_before) in pairwise(zip(commits, sizes, strict=True)):
+        if size >= size_before:
+            continue
+        try:
+            before = ledger.parse((repository.file_at(older, LEDGER) or b"").decode(errors="replace"))
+        except ledger.LedgerError:  # which somebody has put right since
+            continue
+        gone = [str(row.number) for row in before if row.row_sha256 not in present]
+        if gone and rows and rows[0].row_sha256 == before[0].row_sha256:
+            told = f"row {', '.join(gone)}, which commit {older[:12]} has, gone since commit {newer[:12]}"
+            findings.append(f"{LEDGER}: {told}; git checkout {older[:12]} {LEDGER} brings back what it had")
     return findings
 
 

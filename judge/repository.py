@@ -164,8 +164,15 @@ class Repository:
 
     def kinds(self, names: Iterable[str]) -> list[str]:
         """What each name is to git, all in one question: commit, blob, …, or empty where it is nothing."""
+        return self._told("objecttype", names)
+
+    def sizes_bytes(self, names: Iterable[str]) -> list[int]:
+        """How long what each name stands for is, all in one question; 0 where it is nothing."""
+        return [int(size or 0) for size in self._told("objectsize", names)]
+
+    def _told(self, what: str, names: Iterable[str]) -> list[str]:
         asked = "".join(f"{name}\n" for name in names)
-        answers = self.git("cat-file", "--batch-check=%(objecttype)", data=asked.encode()).splitlines()
+        answers = self.git("cat-file", f"--batch-check=%({what})", data=asked.encode()).splitlines()
         return ["" if answer.endswith(" missing") else answer for answer in answers]
 
     def has_commit(self, commit: str) -> bool:

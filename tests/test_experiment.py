@@ -253,6 +253,16 @@ def test_archive_clone_audit_and_tampering(story, tmp_path):
     assert done.code == 1
     assert f"results.tsv:5: row 4 (PASS): kept, but commit {slower.commit} is not on the branch" in done.out
 
+    # The last two rows taken out: the chain of the others holds.
+    clone.ledger.write_text("".join(f"{line}\n" for line in text.splitlines()[:-2]))
+    clone.git("commit", "-q", "-a", "-m", "shortened")
+    done = clone.prepare("--audit")
+    assert done.code == 1
+    assert f"results.tsv: row {len(rows) - 1}, {len(rows)}, which commit " in done.out
+    clone.git("rm", "-q", "results.tsv")  # which starts another ledger
+    clone.git("commit", "-q", "-m", "another kernel's ledger")
+    assert clone.prepare("--audit").code == 0
+
     done = project.ratchet("--prune", "1")
     assert re.search(r"^prune: \d+ attempts' refs removed, 1 left; ", done.out, re.M), done.out + done.err
     assert project.prepare("--audit").code == 0
