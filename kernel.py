@@ -28,7 +28,7 @@ PROBLEM_DESCRIPTION = (
 )
 
 # Tunables: module-level constants that a search may rewrite, each to one of the values listed.
-Q_BLOCK_TOKENS = 128  # new tokens of one sequence in a query block
+Q_BLOCK_TOKENS = 128  # new tokens of one sequence in a query block; twice as many from v6e on
 KV_BLOCK_PAGES = 16  # pages of 32 tokens in one KV block of a prefill; as many tokens in pages of another size
 DECODE_BLOCK_PAGES = 16  # the same of a decode; twice as many on chips whose HBM is that fast
 SOFTMAX_ROWS = 64  # rows of scores that become weights at a time
@@ -1043,7 +1043,8 @@ def ragged_paged_attention(
     keys, values = padded(keys), padded(values)
     heads, tiles = q.shape[1], padded_dim // LANES
 
-    bq, bkv = (p_block_sizes or m_block_sizes or (Q_BLOCK_TOKENS, _block_tokens(KV_BLOCK_PAGES, page_size)))[:2]
+    own_bq = Q_BLOCK_TOKENS * (2 if _generation() >= 6 else 1)
+    bq, bkv = (p_block_sizes or m_block_sizes or (own_bq, _block_tokens(KV_BLOCK_PAGES, page_size)))[:2]
     bq = min(bq, num_tokens)
     decode_pages = DECODE_BLOCK_PAGES * (2 if _generation() >= 7 else 1)
     decode_bkv = (d_block_sizes or (1, _block_tokens(decode_pages, page_size)))[1]
