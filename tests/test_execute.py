@@ -204,6 +204,16 @@ def test_a_strided_copy_has_a_run_for_every_so_many_steps(run, steps, runs):
     assert done.hbm_read_bytes == 4096
 
 
+@pytest.mark.parametrize(("source", "target", "runs"), [(16, 18, 1), (32, 16, 8)])
+def test_a_copy_without_gaps_in_hbm_is_one_run(run, source, target, runs):
+    """Runs of one step, 512 bytes, are 16 granules."""
+    strides = f", /*src_stride=*/{source}, /*dst_stride=*/{target}, /*steps_per_stride=*/1 }}"
+    costs = {kind: DmaCost(latency_cycles=100, bytes_per_cycle=1024, run_cycles=20) for kind in KINDS}
+    machine = dataclasses.replace(MACHINE, dma=costs)
+    done = run([OPERAND, copy(size=128).replace(" }", strides), *wait(count=128)], machine=machine)
+    assert done.dmas[0].done_cycle == 1 + max(4, runs * 20) + 100
+
+
 def test_the_account_of_a_copy_and_of_its_wait(run):
     done = run([OPERAND, copy(1), copy(2), *wait(2), *wait(1)])
     assert [

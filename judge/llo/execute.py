@@ -154,11 +154,17 @@ class _Core:
 
     # --- DMA ---
 
-    def copy(self, kind: str, source: int, target: int, granules: int, flag: int, steps: int | None, now: int) -> None:
-        """Starts a copy, in contiguous runs of `steps` × 512 bytes where it is strided."""
+    def copy(
+        self, kind: str, source: int, target: int, granules: int, flag: int, strided: tuple[int, ...], now: int
+    ) -> None:
+        """Starts a copy; `strided`: (steps of 512 bytes that a run has, stride in HBM in granules, …), or empty."""
         granules, flag = granules.__index__(), flag.__index__()
-        size_bytes = granules * self.machine.granule_bytes
-        runs = 1 if steps is None else max(1, -(-size_bytes // max(1, steps.__index__() * _STEP_BYTES)))
+        size_bytes, runs = granules * self.machine.granule_bytes, 1
+        if strided:
+            steps, *strides = (number.__index__() for number in strided)
+            run_bytes = max(1, steps * _STEP_BYTES)
+            if not strides or any(stride * self.machine.granule_bytes != run_bytes for stride in strides):
+                runs = max(1, -(-size_bytes // run_bytes))
         begin, end, done = self.engine.start(kind, granules, runs, flag, now)
         result = self.result
         result.dma_count += 1

@@ -321,8 +321,12 @@ class Translator:
             raise self._unknown(bundle, slot, f"DMA without {', '.join(missing)}")
         kind = "hbm_to_hbm" if opcode == "dma.general" else opcode.removeprefix("dma.")
         values = (self._value(bundle, slot, named[name]) for name in needed)
-        steps = self._value(bundle, slot, named["steps_per_stride"]) if "steps_per_stride" in named else "None"
-        return f"M.copy('{kind}', {', '.join(values)}, {steps}, @)"
+        # What a run of it costs is HBM's business: where that side has no gaps, VMEM's do not matter.
+        strides = [
+            f"{side}_stride" for side, place in (("src", source), ("dst", target)) if place not in ("vmem", "smem")
+        ]
+        told = [self._value(bundle, slot, named[name]) for name in ("steps_per_stride", *strides) if name in named]
+        return f"M.copy('{kind}', {', '.join(values)}, ({''.join(f'{value}, ' for value in told)}), @)"
 
     # --- operands ---
 
