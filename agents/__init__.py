@@ -1,7 +1,6 @@
 """Drivers of the ratchet, one per file; each only runs ./ratchet.sh and reads what it prints and the ledger.
 
 tunables.py and loop.py are what drivers share: kernel.py's constants, the working tree, one run of ratchet.sh.
-tables.py drives the judge itself: its table is about other shapes than the ledger's.
 """
 
 

@@ -1,4 +1,4 @@
-"""agents/tables.py: how the best block sizes are looked for, kept and handed to others."""
+"""kernels/tables.py: how the best block sizes are looked for, kept and handed to others."""
 
 import dataclasses
 import subprocess
@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from agents import CannotSearchError, tables
+from agents import CannotSearchError
 from agents.search import Space
 from agents.tunables import Tunable, present_values, read_tunables
 from judge import contract
+from kernels import tables
 
 ROOT = Path(__file__).resolve().parent.parent
 SPACE = Space(
@@ -113,6 +114,8 @@ def test_every_shape_is_a_valid_problem_with_the_checks_of_the_kernel():
 
 @pytest.mark.parametrize("arguments", [["tune", "--only", "no such shape"], ["tune", "--trials", "0"], ["nothing"]])
 def test_a_bad_command_is_told(arguments):
-    done = subprocess.run([sys.executable, "-m", "agents.tables", *arguments], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "kernels.tables", *arguments], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 2
     assert "usage:" in done.stderr and "Traceback" not in done.stderr

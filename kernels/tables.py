@@ -1,7 +1,7 @@
 """Block sizes by shape: the best values of kernel.py's TUNABLES for a chip, its heads, page size and longest context.
 
-    .venv/bin/python -m agents.tables tune [--chip CHIP] [--only TEXT] [--trials N]
-    .venv/bin/python -m agents.tables export [--chip CHIP]
+    .venv/bin/python -m kernels.tables tune [--chip CHIP] [--only TEXT] [--trials N]
+    .venv/bin/python -m kernels.tables export [--chip CHIP]
 
 `tune` judges kernel.py's own text on each shape, a decode and a prefill batch of it, and climbs from the present values
 to better ones, a step of one tunable at a time. Trials are only costed; the best one is then judged whole, and becomes
@@ -26,7 +26,7 @@ from judge import contract, pipeline
 from judge.chips import CHIPS, load_chip
 from kernels.shapes import Shape, problem
 
-FOLDER = Path(__file__).resolve().parent.parent / "kernels" / "tuned"
+FOLDER = Path(__file__).resolve().parent / "tuned"
 DEVICES = {"v5e": "TPU v5e", "v6e": "TPU v6e", "v5p": "TPU v5p", "tpu7x": "TPU v7"}  # as tpu-inference names them
 
 
@@ -228,7 +228,7 @@ def _power_of_2(number: int) -> int:
 def main() -> int:
     """Exit code 0, 2 where something could not be judged, 130 where interrupted."""
     parser = argparse.ArgumentParser(
-        prog="python -m agents.tables", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m kernels.tables", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=("tune", "export"))
     parser.add_argument("--chip", choices=CHIPS, default="v5e")
@@ -245,7 +245,7 @@ def main() -> int:
         rows = read(path)
         if options.what == "export":
             if not rows:
-                raise CannotSearchError(f"{path} has no rows; fill it with: python -m agents.tables tune")
+                raise CannotSearchError(f"{path} has no rows; fill it with: python -m kernels.tables tune")
             print("TUNED_BLOCK_SIZES = " + pprint.pformat(as_tpu_inference(options.chip, rows), sort_dicts=False))
             return 0
         for number, (heads, batches) in enumerate(chosen, 1):
