@@ -52,6 +52,12 @@ def _align(size, multiple):
     return -(-size // multiple) * multiple
 
 
+def _odd(rows):
+    """As many rows, and one more if that is odd: loads at an even stride of 8 or more collide in the banks of VMEM,
+    and the compiler takes 2 to 8 of them for one."""
+    return rows | 1
+
+
 def _keys(kv_ring, slot, head, count=None):
     return _head_of(kv_ring.at[slot], head, 0, count)
 
@@ -115,13 +121,13 @@ def _lane_tiles(width):
 
 
 def _interleave(call, k, v, words):
-    """New keys and values ``[D / 128, n, Hkv, 128]`` in the cache's layout: `words` ``u32[D / 128, n * rows, 128]``."""
+    """New keys and values ``[D / 128, n, Hkv, 128]`` in the cache's layout: `words` ``u32[D / 128, n * odd, 128]``."""
     num_tiles, num_tokens, *_ = k.shape
-    rows = words.shape[1] // num_tokens
+    rows, stride = call.cache_hbm.shape[2], words.shape[1] // num_tokens
     for tile in range(num_tiles):
 
         def store(row, value, tile=tile):
-            words.at[tile][pl.ds(row, num_tokens, stride=rows), :] = value
+            words.at[tile][pl.ds(row, num_tokens, stride=stride), :] = value
 
         if k.dtype.itemsize == 4:
             for row in range(2 * call.num_kv_heads):
@@ -172,8 +178,8 @@ def _tiles_as_cache(words, cache_hbm):
     """``(lanes, tokens[n, rows, pack, 128])`` of the cache's layout and type for each tile of `words`; to read only."""
     _, _, rows, pack, head_dim = cache_hbm.shape
     for tile, lanes in enumerate(_lane_tiles(head_dim)):
-        tokens = words.at[tile].bitcast(cache_hbm.dtype)
-        yield lanes, tokens.reshape(words.shape[-2] // rows, rows, pack, LANES)
+        tokens = words.at[tile].bitcast(cache_hbm.dtype).reshape(-1, _odd(rows), pack, LANES)
+        yield lanes, tokens.at[:, pl.ds(0, rows)]
 
 
 # --- the kernel -----------------------------------------------------------------------------------------------------
@@ -266,7 +272,7 @@ def _for_pages(call, seq, block, start, tokens, kv_vmem, sem, do):
 
     @pl.loop(skipped, jnp.minimum(bkv // page_size, num_pages - first))
     def _(page):
-        target = kv_vmem.at[pl.ds(page * page_size, page_size)]
+        target = kv_vmem.at[pl.ds(page * page_size, page_size), pl.ds(0, call.cache_hbm.shape[2])]
         do(pltpu.make_async_copy(call.cache_hbm.at[call.page_of(seq, first + page)], target, sem))
 
 
@@ -731,11 +737,7 @@ def _attend_item(call, b, item, first, slot, start_following):
             pl.when(block == first_new)(lambda: _for_new_tokens(call, b, item, _start))
         pl.when(block == last)(lambda: start_following(1 - slot))
         if call.options.causal:
-            # What the item brings itself is on its way to the cache only.
-            @pl.loop(jnp.maximum(item.position, block * bkv), jnp.minimum(item.end, (block + 1) * bkv))
-            def _(token):
-                for lanes, new in _tiles_as_cache(b.new, call.cache_hbm):
-                    b.kv[slot, token - block * bkv, :, :, lanes] = new[token - item.position + item.skipped]
+            _patch(call, b, item, block, slot)
 
         window = call.options.sliding_window
         fetched = None if window is None else call.first_seen(item.position) - block * bkv, end - block * bkv
@@ -743,6 +745,23 @@ def _attend_item(call, b, item, first, slot, start_following):
         return 1 - slot
 
     return jax.lax.fori_loop(first, last + 1, step, slot)
+
+
+def _patch(call, b, item, block, slot):
+    """The KV block's tokens that the item brings itself, which are on their way to the cache only."""
+    first_position = block * b.kv.shape[1]
+    start = jnp.maximum(item.position, first_position)
+    end = jnp.minimum(item.end, first_position + b.kv.shape[1])
+    together = min(16, b.q.shape[2])
+
+    def copy(position, count):
+        for lanes, new in _tiles_as_cache(b.new, call.cache_hbm):
+            tokens = new[pl.ds(position - item.position + item.skipped, count)]
+            b.kv[slot, pl.ds(position - first_position, count), : tokens.shape[1], :, lanes] = tokens
+
+    whole = jnp.maximum(end - start, 0) // together
+    pl.loop(0, whole)(lambda i: copy(start + i * together, together))
+    pl.loop(start + whole * together, end)(lambda position: copy(position, 1))
 
 
 def _rows_of(call, b, head):
@@ -1073,7 +1092,7 @@ def ragged_paged_attention(
                     pltpu.VMEM((DECODE_BUFFERS, tiles, 1, keys.shape[1], LANES), kv_cache.dtype),
                     pltpu.VMEM((DECODE_BUFFERS, decode_bkv, kv_rows, pack, padded_dim), kv_cache.dtype),
                     pltpu.VMEM((heads, padded_dim), q.dtype),
-                    pltpu.VMEM((2, tiles, kv_rows, LANES), jnp.uint32),
+                    pltpu.VMEM((2, tiles, _odd(kv_rows), LANES), jnp.uint32),
                     pltpu.VMEM((2, heads, padded_dim), out_dtype),
                     pltpu.VMEM((heads, LANES), jnp.float32),
                     pltpu.VMEM((heads, LANES), jnp.float32),
@@ -1088,9 +1107,9 @@ def ragged_paged_attention(
                     pltpu.VMEM((2, tiles, bq, keys.shape[1], LANES), kv_cache.dtype),
                     pltpu.VMEM((2, tiles, bq, keys.shape[1], LANES), kv_cache.dtype),
                     pltpu.VMEM((num_kv_heads, group * bq, padded_dim), q.dtype),
-                    pltpu.VMEM((tiles, bq * kv_rows, LANES), jnp.uint32),
+                    pltpu.VMEM((tiles, bq * _odd(kv_rows), LANES), jnp.uint32),
                     pltpu.VMEM((tiles, bq * heads * out_dtype.itemsize // 4, LANES), jnp.uint32),
-                    pltpu.VMEM((2, bkv, kv_rows, pack, padded_dim), kv_cache.dtype),
+                    pltpu.VMEM((2, bkv, _odd(kv_rows), pack, padded_dim), kv_cache.dtype),
                     pltpu.VMEM((num_kv_heads, group * bq, LANES), jnp.float32),
                     pltpu.VMEM((num_kv_heads, group * bq, LANES), jnp.float32),
                     pltpu.VMEM((num_kv_heads, group * bq, padded_dim), jnp.float32),
