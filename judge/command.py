@@ -74,7 +74,7 @@ def explain_run(options: argparse.Namespace) -> int:
             print(json.dumps({"status": "FAIL_CONTRACT", "chip": chip.name, "reason": str(error)}))
         return 1
     limits = pipeline.Limits(trace_seconds=options.trace_limit)
-    report = explain.run(subject, chip, tuple(options.workload), limits)
+    report = explain.run(subject, chip, tuple(options.workload), limits, options.keep)
     print("\n".join(report.lines()))
     if options.json:
         print(report.as_json())

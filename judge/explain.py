@@ -120,10 +120,15 @@ def kernel_file(folder: Path, path: Path, chip: str) -> Subject:
     return replace(alone, champion_name=name, champion=champion)
 
 
-def run(subject: Subject, chip: Chip, workloads: tuple[str, ...], limits: pipeline.Limits) -> Report:
-    """Executes the subject's schedule, and its champion's. Raises CannotJudge where the fault is nobody's."""
+def run(
+    subject: Subject, chip: Chip, workloads: tuple[str, ...], limits: pipeline.Limits, keep: Path | None = None
+) -> Report:
+    """Executes the subject's schedule, and its champion's; the subject's files stay in `keep`.
+
+    Raises CannotJudge where the fault is nobody's.
+    """
     pipeline.print_progress(f"explaining {ledger.escape(subject.name)}")
-    verdict, found = _executed(subject.source, subject.sealed, chip, workloads, limits)
+    verdict, found = _executed(subject.source, subject.sealed, chip, workloads, limits, keep)
     if not found:
         return Report(subject=subject, chip=chip.name, status=verdict.status, reason=verdict.reason)
     before: dict[str, Explanation] = {}
@@ -136,10 +141,15 @@ def run(subject: Subject, chip: Chip, workloads: tuple[str, ...], limits: pipeli
 
 
 def _executed(
-    source: contract.Source, sealed: contract.Source, chip: Chip, workloads: tuple[str, ...], limits: pipeline.Limits
+    source: contract.Source,
+    sealed: contract.Source,
+    chip: Chip,
+    workloads: tuple[str, ...],
+    limits: pipeline.Limits,
+    keep: Path | None = None,
 ) -> tuple[pipeline.Verdict, dict[str, Explanation]]:
     task = pipeline.Task(candidate=source, sealed=sealed, chip=chip, mode="model", workloads=workloads, limits=limits)
-    with pipeline.private_folder() as folder:
+    with pipeline.private_folder(keep) as folder:
         judging = pipeline.Judging(task, folder, pipeline.print_progress)
         verdict = judging.run_to_cycles()
         if verdict.status != decide.PASS:

@@ -34,7 +34,7 @@ from judge.repository import Repository
 from judge.sandbox import ENDING
 from judge.transaction import Transaction
 
-JUDGING_BYTES = 4 << 30  # of memory: benchmarks/experiment_time.py, the kernel of this repository on v5e
+JUDGING_BYTES = 12 << 30  # of memory: benchmarks/experiment_time.py, the kernel of this repository on v5e
 POLL_SECONDS = 0.2
 CLEANUP_SECONDS = 60.0  # what a candidate that is told to end gets to undo its attempt
 

@@ -307,6 +307,18 @@ def test_a_transpose_gives_its_rows_after_its_last(timed: Times, chip: str, kind
     assert {cause for _, cause, _ in done.stalls} == {"XLU"}
 
 
+def test_transposes_of_two_shapes_give_as_many_rows_as_they_are_wide(timed: Times) -> None:
+    """Half as many registers where two rows of 16 bits share one: 4 and 2 of the 6 that are popped."""
+    shapes = ("b32", 8), ("c.b16", 8)
+    ends = [f"%{5 + i} = vxpose.xlu0.{t}.end [1/1] /*vx=*/%v1_v1, /*width=*/{w}" for i, (t, w) in enumerate(shapes)]
+    pops = [f"%v{i}_v{i} = vpop.trf.xlu0" for i in range(2, 8)]
+    done = timed([*ends, *pops])
+    issue = done.issue
+    assert [issue.results_of("xlu0.trf", shape) for shape in ("8", "4")] == [4, 2]
+    second = done.times[1] + V6E.latency("transpose_b16")
+    assert done.times[5] < done.times[6] == max(second, done.times[5] + V6E.cadence("transpose_pop"))
+
+
 # --- MXU ---
 
 
@@ -363,6 +375,16 @@ def test_results_of_two_vmatmuls_follow_one_another(timed: Times) -> None:
         done = timed([matmul(), matmul(), *[pop(i) for i in range(2, 6)]], machine)
         second = max(cadence + latency, latency + 2 * spacing)
         assert done.times == [0, cadence, latency, latency + spacing, second, second + spacing]
+
+
+def test_a_latched_left_hand_side_gives_half_the_results_in_half_the_time(timed: Times) -> None:
+    machine = load_machine("v5e")
+    left, right = "%8 = vmatmul.lmr.bf16.gmra.16.mxu0", "%9 = vllmr.16.mxu0"
+    done = timed([right, left, left, *[pop(i) for i in (2, 3)]], machine)
+    latched, cadence = machine.latency("latch_lhs"), machine.cadence("matmul_bf16") // 2
+    assert done.times[:3] == [0, latched, latched + cadence]
+    assert done.times[3] == latched + machine.latency("matmul_bf16")
+    assert done.issue.results_of("mxu0", "bf16.lmr") == 1
 
 
 def test_each_mxu_has_a_result_queue_of_its_own(timed: Times) -> None:

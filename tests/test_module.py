@@ -112,9 +112,20 @@ def test_a_scalar_operand_is_fetched_by_one_copy(tmp_path):
     assert cost.cycles == read.latency_cycles + 4 / read.bytes_per_cycle
 
 
+def test_a_scalar_of_the_top_level_program_costs_the_fetch_of_its_operands(tmp_path):
+    entry = "  %k = s32[]{:T(128)} constant(8)\n  %b = s32[]{:T(128)} bitcast(%a)\n"
+    entry += "  %n = s32[]{:T(128)S(6)} add(%b, %k)\n  %m = s32[]{:T(128)S(6)} select(%n, %n, %n)\n"
+    first, second = cost_of(tmp_path, entry).ops
+    read = V5E.dma["hbm_to_vmem"]
+    assert first.cycles == read.latency_cycles + 4 / read.bytes_per_cycle
+    assert second.cycles == 1
+
+
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
+        ("  %n = s32[8]{0:S(6)} add(%a, %a)\n", r"n \(add\) has no bundles and no known cost"),
+        ("  %n = s32[]{:T(128)} add(%a, %a)\n", r"n \(add\) has no bundles and no known cost"),
         ("  %f = f32[8]{0} fusion(%a), kind=kLoop, calls=%fused\n", r"f \(fusion\) has no bundles and no known cost"),
         ("  %f = f32[8]{0} copy(%a)\n", r"f \(copy\) has no bundles"),
         ('  %f = f32[8]{0} custom-call(%a), custom_call_target="tpu_custom_call"\n', r"f \(custom-call\) has no"),

@@ -51,7 +51,7 @@ _CLASSES: tuple[tuple[str, str], ...] = (
     ("matprep", r"vmatprep\.mubr"),
     ("pushprep", r"vmatprep\.subr"),
     ("push", r"vmatpush"),
-    ("latch", r"v(load|done|dwg)"),
+    ("latch", r"v(load|done|dwg|llmr)"),
     ("index_reduce", r"v(max|min)\.index"),
     ("reduce", r"v(add|max|min)\.(xlane|seg)"),
     ("transpose", r"vxpose"),
@@ -173,9 +173,9 @@ class Issue:
         self.start = self._intern({}, {}, {})
         self.runs: list[tuple[int, Run]] = []  # (stretch, run)
 
-    def results_of(self, queue: str, dtype: str = "") -> int:
-        """How many pops belong to one vmatmul of that type, or to one transpose."""
-        return self._results_of[queue, dtype]
+    def results_of(self, queue: str, shape: str) -> int:
+        """How many pops belong to one vmatmul of that type, or to one transpose of that shape."""
+        return self._results_of[queue, shape]
 
     @cached_property
     def records(self) -> list[_Record]:
@@ -360,7 +360,7 @@ def _xlu_push(issue: Issue, slot: Slot, kind: str, unit: str, draft: _Draft) -> 
     elif slot.opcode.endswith(".end"):  # the results come after the last row
         queue = f"{unit}.trf"
         after, spacing = machine.latency(variant, unit), machine.cadence("transpose_pop")
-        draft.pushes.append((queue, after, issue.results_of(queue), spacing))
+        draft.pushes.append((queue, after, issue.results_of(queue, _transposed(slot)), spacing))
 
 
 def xlu_variant(opcode: str, kind: str) -> str:
@@ -381,17 +381,27 @@ def _xlu_pop(issue: Issue, slot: Slot, kind: str, unit: str, draft: _Draft) -> N
 
 def _matmul(issue: Issue, slot: Slot, kind: str, unit: str, draft: _Draft) -> None:
     machine, dtype = issue.machine, dtype_class(slot.opcode)
+    cadence, results = machine.cadence(f"matmul_{dtype}"), dtype
     draft.needs.append((f"{unit}.matmul", "MXU"))
-    draft.holds.append((f"{unit}.matmul", machine.cadence(f"matmul_{dtype}"), "MXU"))
+    if ".lmr" in slot.opcode:  # takes half as many rows of a left-hand side that was pushed and latched
+        cadence, results = cadence // 2, f"{dtype}.lmr"
+        draft.needs.append((f"{unit}.lmr", "MXU"))
+    draft.holds.append((f"{unit}.matmul", cadence, "MXU"))
     if ".vlgmr" in slot.opcode:  # takes the weights that were pushed
         draft.needs.append((f"{unit}.{staging(slot.opcode)}", "MXU"))
     after, spacing = machine.latency(f"matmul_{dtype}"), machine.cadence(f"mxu_pop_{dtype}")
     buffer = _MRB.search(slot.rest)
     if buffer is None:
-        draft.pushes.append((unit, after, issue.results_of(unit, dtype), spacing))
+        draft.pushes.append((unit, after, issue.results_of(unit, results), spacing))
         return
     for i in range(machine.results_per_matmul(dtype)):
         draft.leaves.append((f"{unit}[{int(buffer[1]) + i}]", after + i * spacing, "MXU"))
+
+
+def _latch(issue: Issue, slot: Slot, kind: str, unit: str, draft: _Draft) -> None:
+    """`vllmr` latches a left-hand side, pushed like weights, for the vmatmul.lmr that follow."""
+    if slot.opcode.startswith("vllmr"):
+        draft.holds.append((f"{unit}.lmr", issue.machine.latency("latch_lhs"), "MXU"))
 
 
 def _mxu_pop(issue: Issue, slot: Slot, kind: str, unit: str, draft: _Draft) -> None:
@@ -436,6 +446,7 @@ _UNIT_RULES: dict[str, Callable[[Issue, Slot, str, str, _Draft], None]] = {
     "matmul": _matmul,
     "matprep": _matprep,
     "mxu_pop": _mxu_pop,
+    "latch": _latch,
     **dict.fromkeys(("push", "pushprep"), _push),
 }
 
@@ -445,10 +456,23 @@ def passed_over(bundle: Bundle) -> bool:
     return all(slot.opcode == "sbr.rel" and slot.rest.startswith("(") for slot in bundle.slots)
 
 
-def _results_of(dump: Dump, machine: Machine) -> dict[tuple[str, str], int]:
-    """(result queue, dtype of a vmatmul) → pops that belong to one; a transpose has no dtype.
+_TRANSPOSED = re.compile(r"\bwidth=(\d+)")
 
-    From the schedule, which pops all that it pushes: in proportion to the rows that a vmatmul of the dtype takes.
+
+def _transposed(slot: Slot) -> str:
+    """Rows that a transpose hands out: as many as its width, two a register where they are 16 bits wide."""
+    width = _TRANSPOSED.search(slot.rest)
+    if width is None:
+        raise ParseError(f"a transpose of unknown width: {slot.opcode} {slot.rest}")
+    rows = int(width[1])
+    return str(rows // 2 if xlu_variant(slot.opcode, "transpose") == "transpose_b16" else rows)
+
+
+def _results_of(dump: Dump, machine: Machine) -> dict[tuple[str, str], int]:
+    """(result queue, dtype of a vmatmul or rows of a transpose) → pops that belong to one.
+
+    From the schedule, which pops all that it pushes: in proportion to the rows that a vmatmul of the dtype takes, or
+    that a transpose hands out.
     """
     pushes: Counter[tuple[str, str]] = Counter()
     pops: Counter[str] = Counter()
@@ -459,12 +483,20 @@ def _results_of(dump: Dump, machine: Machine) -> dict[tuple[str, str], int]:
             if kind == "mxu_pop":
                 pops.update(units)
             elif kind == "matmul":
-                pushes.update((unit, dtype_class(slot.opcode)) for unit in units)
+                rows = ".lmr" if ".lmr" in slot.opcode else ""
+                pushes.update((unit, dtype_class(slot.opcode) + rows) for unit in units)
             elif kind == "transpose_pop":
                 pops[f"{units[0]}.trf"] += 1
             elif kind == "transpose" and slot.opcode.endswith(".end"):
-                pushes[f"{units[0]}.trf", ""] += 1
-    weights = {key: machine.results_per_matmul(key[1]) if key[1] else 1 for key in pushes}
+                pushes[f"{units[0]}.trf", _transposed(slot)] += 1
+
+    def weight(shape: str) -> int:
+        if shape.isdigit():
+            return int(shape)
+        dtype, _, latched = shape.partition(".")
+        return machine.results_per_matmul(dtype) // (2 if latched else 1)
+
+    weights = {key: weight(key[1]) for key in pushes}
     pushed: Counter[str] = Counter()
     for key, count in pushes.items():
         pushed[key[0]] += count * weights[key]

@@ -87,6 +87,9 @@ class ModuleCost:
 _FREE = {f"{name}-done" for name in COLLECTIVES}
 _FREE |= {"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "copy-done", "slice-done", "opt-barrier"}
 _FREE_CUSTOM_CALLS = ("ConcatBitcast", "AllocateBuffer")  # names for memory that is already in place
+_OF_SCALARS = {"add", "subtract", "multiply", "minimum", "maximum", "negate", "compare", "select", "convert", "clamp"}
+_OF_SCALARS |= {"and", "or", "not", "xor", "shift-left", "shift-right-logical", "shift-right-arithmetic"}
+_ONE_SCALAR = re.compile(r"\w+\[[1,]*\]\{[^}]*S\(6\)\}$")
 _PASSES_VALUES = {"bitcast", "copy", "copy-done", "copy-start", "opt-barrier"}
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%([\w.\-]+) = (\S.*?) ([a-z][a-z0-9\-]*)\((.*)$")
 _SHAPE = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,]*)\](?:\{([^}]*)\})?")
@@ -152,6 +155,8 @@ def module_cost(folder: Path, machine: Machine, integers: dict[int, np.ndarray])
             costs.append(_copied(op, machine))
         elif op.opcode == "copy" and "S(6)" in op.type:
             costs.append(_scalar_copied(op, machine))
+        elif op.opcode in _OF_SCALARS and _ONE_SCALAR.match(op.type):
+            costs.append(_scalar_computed(op, machine, [by_name[name] for name in op.operands if name in by_name]))
         elif op.opcode not in _FREE and not any(f'"{target}"' in op.text for target in _FREE_CUSTOM_CALLS):
             raise ExecutionError(f"HLO op {op.name} ({op.opcode}) has no bundles and no known cost")
     return ModuleCost(ops=tuple(costs), machine=machine)
@@ -231,6 +236,13 @@ def _copied(op: Op, machine: Machine) -> OpCost:
 def _scalar_copied(op: Op, machine: Machine) -> OpCost:
     """A kernel's operand in scalar memory: the top-level program fetches it by one copy through VMEM."""
     return _one_copy(op, machine, "hbm", "vmem", _size_bytes(op, _SHAPE.findall(op.type)[0]))
+
+
+def _scalar_computed(op: Op, machine: Machine, operands: list[Op]) -> OpCost:
+    """One scalar by the top-level program, in a bundle or two: its time is that of fetching what is not there yet."""
+    fetched = [o for o in operands if o.opcode != "constant" and "S(6)" not in o.type]
+    cost = _one_copy(op, machine, "hbm", "vmem", sum(_size_bytes(o, _SHAPE.findall(o.type)[0]) for o in fetched))
+    return replace(cost, cycles=cost.cycles if fetched else 1.0)
 
 
 def _collective(op: Op, machine: Machine) -> OpCost:

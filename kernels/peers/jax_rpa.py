@@ -8,6 +8,7 @@ memory too, so that the reshape moves nothing where the compiler sees that.
 import functools
 
 import jax
+from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention as jax_rpa
 
 KERNEL_NAME = "jax_rpa"
@@ -25,6 +26,6 @@ def kernel_fn(queries, keys, values, kv_cache, kv_lens, page_indices, cu_q_lens,
         cu_q_lens,
         distribution[2:],
         sm_scale=SM_SCALE,  # noqa: F821
-        vmem_limit_bytes=60 << 20,  # its tuned blocks need more than the compiler's default of 16 MiB
+        vmem_limit_bytes=pltpu.get_tpu_info().vmem_capacity_bytes * 15 // 16,  # its tuned blocks need more than 16 MiB
     )
     return out, kv_cache
