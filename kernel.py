@@ -32,6 +32,7 @@ Q_BLOCK_TOKENS = 128  # new tokens of one sequence in a query block; twice as ma
 KV_BLOCK_PAGES = 16  # pages of 32 tokens in one KV block of a prefill; as many tokens in pages of another size
 DECODE_BLOCK_PAGES = 16  # the same of a decode; twice as many on chips whose HBM is that fast
 SOFTMAX_ROWS = 64  # rows of scores that become weights at a time
+TILE_COLUMNS = 256  # the same of columns, where scores stand on their side
 CHUNK_WORDS = 512  # 32-bit words of a KV block whose keys meet a decode's queries at a time
 DECODE_BUFFERS = 3  # KV blocks of decodes in VMEM: one in work, the others on their way
 
@@ -196,6 +197,11 @@ class _Options:
     v_scale: float | None
     causal: bool  # else all of a sequence is seen, and all of it is in the cache already
 
+    @property
+    def scale(self):
+        """The factor of q · k: what comes of it is a weight's power of two, or what the cap bounds by 1."""
+        return self.sm_scale * LOG2_E if self.soft_cap is None else self.sm_scale / self.soft_cap
+
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
@@ -215,12 +221,11 @@ class _Call:
     num_q_heads: int  # those of the model; q_hbm and o_hbm may hold some more, to fill words and tiles
     num_kv_heads: int
 
-    def scores(self, products):
-        """Scores of q · k whose powers of two are weights."""
-        options = self.options
-        if options.soft_cap is None:
-            return products * (options.sm_scale * LOG2_E)
-        return jnp.tanh(products * (options.sm_scale / options.soft_cap)) * (options.soft_cap * LOG2_E)
+    def scores(self, products, scaled=False):
+        """Scores of q · k whose powers of two are weights; `scaled`: q had the scale in it already."""
+        cap = self.options.soft_cap
+        products = products if scaled else products * self.options.scale
+        return products if cap is None else jnp.tanh(products) * (cap * LOG2_E)
 
     def first_seen(self, position):
         """The first position that the query at `position` sees."""
@@ -547,21 +552,14 @@ class _Prefill:
     q: Any  # [2, D / 128, bq, Hq, 128]: of the item in work and of the following one
     k: Any  # [2, D / 128, bq, Hkv, 128]: the same tokens' new keys
     v: Any  # [2, D / 128, bq, Hkv, 128]
-    q_rows: Any  # [Hkv, g * bq, D]: the item's queries by head
     new: Any  # u32[D / 128, bq * rows, 128]: the item's keys and values in the cache's layout
     o: Any  # u32[D / 128, bq * Hq * out bytes / 4, 128]: rows of the output by tile
     kv: Any  # [2, bkv, 2 * Hkv / pack, pack, D]
-    m: Any  # f32[Hkv, g * bq, 128]: running maximum of the scores, the same in every lane
-    l: Any  # f32[Hkv, g * bq, 128]: running sum of 2 ** (score - m), a row over its lanes
-    acc: Any  # f32[Hkv, g * bq, D]: running numerator
-    s0: Any  # f32[g * bq, bkv]: scores of a head
-    s1: Any  # f32[g * bq, bkv]: scores of the next
-    p0: Any  # [g * bq, bkv]: the weights of the same two heads
-    p1: Any  # [g * bq, bkv]
     kv_sems: Any  # DMA[2], one per KV buffer
     in_sems: Any  # DMA[2]: queries, keys, values
     new_sem: Any  # DMA: cache update
     out_sem: Any  # DMA: output
+    sums: "_Rows | _Columns"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -625,16 +623,12 @@ def _prefill_pass(call, b):
 
         slot = _attend_item(call, b, item, first_block(item), slot, start_following)
         pl.when(before[0] >= 0)(lambda: _for_rows(call, b, _item(call, b, *before), lambda copy: copy.wait()))
-        for head in range(0, call.num_q_heads, 4 // call.o_hbm.dtype.itemsize):
-            _finish_heads(call, b, head)
+        _finish_item(call, b)
         _for_rows(call, b, item, lambda copy: copy.start())
         return next_seq, next_block, slot, 1 - parity, (seq, q_block)
 
-    if call.sink is None:
-        _reset(call, b, ...)
-    else:
-        for head in range(call.num_q_heads):
-            _reset(call, b, _rows_of(call, b, head), head)
+    for head in range(call.num_q_heads):
+        b.sums.reset(call, head)
     zero = jnp.int32(0)
     first = call.next_with(is_prefill, zero)
 
@@ -711,7 +705,7 @@ def _begin_item(call, b, item, parity):
     for word in range(call.q_hbm.shape[1] // heads_per_word):
         for head, rows in enumerate(_heads_of_word(b.q.at[parity], word), word * heads_per_word):
             if head < call.num_q_heads:
-                b.q_rows[_rows_of(call, b, head)] = rows
+                b.sums.take(call, head, rows)
 
 
 def _for_item_pages(call, b, item, block, slot, do):
@@ -764,37 +758,21 @@ def _patch(call, b, item, block, slot):
     pl.loop(start + whole * together, end)(lambda position: copy(position, 1))
 
 
-def _rows_of(call, b, head):
-    """Where a query head's rows are in what is kept by KV head."""
-    bq = b.q.shape[2]
-    return head // call.group, pl.ds(head % call.group * bq, bq)
-
-
-def _reset(call, b, at, head=None):
-    """`head`: the query head whose rows are at `at`, where there are sinks."""
-    if call.sink is None:
-        b.m[at] = jnp.full_like(b.m[at], call.options.mask_value)
-        b.l[at] = jnp.zeros_like(b.l[at])
-    else:
-        b.m[at] = jnp.broadcast_to(call.sink[pl.ds(head, 1), :], b.m[at].shape)
-        b.l[at] = jnp.full_like(b.l[at], 1 / LANES)
-    b.acc[at] = jnp.zeros_like(b.acc[at])
-
-
-def _finish_heads(call, b, head):
-    """The output of the heads that share a word of it: two if it is 16 bits wide, else one."""
+def _finish_item(call, b):
+    """Numerators and sums to the output, whose words hold two heads if it is 16 bits wide."""
     _, num_tiles, bq, num_q_heads, _ = b.q.shape
     heads_per_word = 4 // call.o_hbm.dtype.itemsize
-    outs = []
-    for h in range(head, min(head + heads_per_word, call.num_q_heads)):
-        at = _rows_of(call, b, h)
-        out = _output(call, b.acc[at], jnp.sum(b.l[at], axis=1, keepdims=True))
-        _reset(call, b, at, h)  # here, where the store slots are idle
-        outs.append(pltpu.bitcast(out.astype(call.o_hbm.dtype).astype(jnp.float32), jnp.uint32))
-    words = outs[0] if heads_per_word == 1 else _high_halves(outs[0], outs[-1])
-    rows = pl.ds(head // heads_per_word, bq, stride=num_q_heads // heads_per_word)
-    for tile in range(num_tiles):
-        b.o.at[tile][rows, :] = words[:, tile * LANES : (tile + 1) * LANES]
+    halves = []
+    for head in range(call.num_q_heads):
+        out = b.sums.output(call, head)
+        b.sums.reset(call, head)  # here, where the store slots are idle
+        halves.append(pltpu.bitcast(out.astype(call.o_hbm.dtype).astype(jnp.float32), jnp.uint32))
+        if len(halves) == heads_per_word or head + 1 == call.num_q_heads:
+            words = halves[0] if heads_per_word == 1 else _high_halves(halves[0], halves[-1])
+            rows = pl.ds(head // heads_per_word, bq, stride=num_q_heads // heads_per_word)
+            for tile in range(num_tiles):
+                b.o.at[tile][rows, :] = words[:, tile * LANES : (tile + 1) * LANES]
+            halves = []
 
 
 def _prefill_block(call, b, slot, first_row, fetched):
@@ -821,51 +799,218 @@ def _prefill_keys(call, b, slot, width, masked):
 
     `masked`: (first_row, fetched) where a query may not see all of them.
     """
-    buffers = ((b.s0, b.p0), (b.s1, b.p1))
-    _score(call, b, slot, 0, width, b.s0)
-    for head in range(call.num_kv_heads):
-        if head + 1 < call.num_kv_heads:
-            _score(call, b, slot, head + 1, width, buffers[(head + 1) % 2][0])
-        _weigh(call, b, slot, head, width, *buffers[head % 2], masked)
-
-
-def _score(call, b, slot, head, width, scores):
-    k = _keys(b.kv, slot, head, width)
-    scores[:, :width] = jax.lax.dot_general(
-        b.q_rows[head], k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+    b.sums.add(
+        call,
+        lambda head: _keys(b.kv, slot, head, width),
+        lambda head: _prefill_values(b, slot, head, width, masked),
+        width,
+        masked,
     )
 
 
-def _weigh(call, b, slot, head, width, scores, weights, masked):
-    """One head's scores to weights, SOFTMAX_ROWS rows at a time so that what is live fits registers, then to sums."""
-    num_rows = scores.shape[0]
-    for row in range(0, num_rows, SOFTMAX_ROWS):
-        rows = pl.ds(row, min(SOFTMAX_ROWS, num_rows - row))
-        s = call.scores(scores[rows, :width])
-        if masked:
-            s = jnp.where(_visible(call, b, row, s.shape, *masked), s, call.options.mask_value)
-        m_old = b.m[head, rows]
-        m_new = jnp.maximum(m_old, jnp.max(s, axis=1, keepdims=True))
-        p = jnp.exp2(s - _lanes(m_new, width))
-        alpha = jnp.exp2(m_old - m_new)
-        weights[rows, :width] = p.astype(weights.dtype)
-        b.m[head, rows] = m_new
-        b.l[head, rows] = alpha * b.l[head, rows] + _lane_sums(p)
-        b.acc[head, rows] = _lanes(alpha, b.acc.shape[2]) * b.acc[head, rows]
+def _prefill_values(b, slot, head, width, masked):
+    """Zero where nothing was fetched."""
     v = _values(b.kv, slot, head, width)
-    if masked:
-        v = jnp.where(_between(v.shape, 0, *masked[1]), v, jnp.zeros_like(v))
-    b.acc[head] += jnp.dot(weights[:, :width], v, preferred_element_type=jnp.float32)
+    return v if masked is None else jnp.where(_between(v.shape, 0, *masked[1]), v, jnp.zeros_like(v))
 
 
-def _visible(call, b, row, shape, first_row, fetched):
-    """Which keys each of the rows from `row` of a head sees; a row is a query, as often as the group has heads."""
-    query = jax.lax.rem(row + jax.lax.broadcasted_iota(jnp.int32, shape, 0), b.q.shape[2])
-    column = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-    visible = column <= first_row + query if call.options.causal else column < fetched[1]
+def _visible(call, query, key, first_row, fetched):
+    """Which keys of a KV block the queries of an item see: numbers of the same shape."""
+    visible = key <= first_row + query if call.options.causal else key < fetched[1]
     if call.options.sliding_window is not None:
-        visible = jnp.logical_and(visible, column > first_row - call.options.sliding_window + query)
+        visible = jnp.logical_and(visible, key > first_row - call.options.sliding_window + query)
     return visible
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """Scores and sums of an item, a row of them for each query of a head: for MXUs that are 128 wide.
+
+    The scores of one KV head are computed while those of the one before become weights.
+    """
+
+    bq: int
+    q: Any  # [Hkv, g * bq, D]: the item's queries by KV head
+    m: Any  # f32[Hkv, g * bq, 128]: running maximum of the scores, the same in every lane
+    l: Any  # f32[Hkv, g * bq, 128]: running sum of 2 ** (score - m), a row over its lanes
+    acc: Any  # f32[Hkv, g * bq, D]: running numerator
+    s0: Any  # f32[g * bq, bkv]: scores of a head
+    s1: Any  # f32[g * bq, bkv]: scores of the next
+    p0: Any  # [g * bq, bkv]: the weights of the same two heads
+    p1: Any  # [g * bq, bkv]
+
+    @staticmethod
+    def shapes(num_kv_heads, rows, head_dim, bkv, dtype):
+        f32 = functools.partial(pltpu.VMEM, dtype=jnp.float32)
+        sums = f32((num_kv_heads, rows, LANES)), f32((num_kv_heads, rows, LANES)), f32((num_kv_heads, rows, head_dim))
+        scores, weights = f32((rows, bkv)), pltpu.VMEM((rows, bkv), dtype)
+        return pltpu.VMEM((num_kv_heads, rows, head_dim), dtype), *sums, scores, scores, weights, weights
+
+    def _of(self, call, head):
+        """Where a query head's rows are in what is kept by KV head."""
+        return head // call.group, pl.ds(head % call.group * self.bq, self.bq)
+
+    def take(self, call, head, rows):
+        self.q[self._of(call, head)] = rows
+
+    def reset(self, call, head):
+        at = self._of(call, head)
+        if call.sink is None:
+            self.m[at] = jnp.full_like(self.m[at], call.options.mask_value)
+            self.l[at] = jnp.zeros_like(self.l[at])
+        else:
+            self.m[at] = jnp.broadcast_to(call.sink[pl.ds(head, 1), :], self.m[at].shape)
+            self.l[at] = jnp.full_like(self.l[at], 1 / LANES)
+        self.acc[at] = jnp.zeros_like(self.acc[at])
+
+    def output(self, call, head):
+        at = self._of(call, head)
+        return _output(call, self.acc[at], jnp.sum(self.l[at], axis=1, keepdims=True))
+
+    def add(self, call, keys, values, width, masked):
+        buffers = ((self.s0, self.p0), (self.s1, self.p1))
+        self._score(0, keys, width, self.s0)
+        for head in range(call.num_kv_heads):
+            if head + 1 < call.num_kv_heads:
+                self._score(head + 1, keys, width, buffers[(head + 1) % 2][0])
+            self._weigh(call, head, values, width, *buffers[head % 2], masked)
+
+    def _score(self, head, keys, width, scores):
+        k = keys(head)
+        scores[:, :width] = jax.lax.dot_general(
+            self.q[head], k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+        )
+
+    def _weigh(self, call, head, values, width, scores, weights, masked):
+        """One head's scores to weights, SOFTMAX_ROWS rows at a time so that what is live fits registers, to sums."""
+        num_rows = scores.shape[0]
+        for row in range(0, num_rows, SOFTMAX_ROWS):
+            rows = pl.ds(row, min(SOFTMAX_ROWS, num_rows - row))
+            s = call.scores(scores[rows, :width])
+            if masked:
+                query = jax.lax.rem(row + jax.lax.broadcasted_iota(jnp.int32, s.shape, 0), self.bq)
+                key = jax.lax.broadcasted_iota(jnp.int32, s.shape, 1)
+                s = jnp.where(_visible(call, query, key, *masked), s, call.options.mask_value)
+            m_old = self.m[head, rows]
+            m_new = jnp.maximum(m_old, jnp.max(s, axis=1, keepdims=True))
+            p = jnp.exp2(s - _lanes(m_new, width))
+            alpha = jnp.exp2(m_old - m_new)
+            weights[rows, :width] = p.astype(weights.dtype)
+            self.m[head, rows] = m_new
+            self.l[head, rows] = alpha * self.l[head, rows] + _lane_sums(p)
+            self.acc[head, rows] = _lanes(alpha, self.acc.shape[2]) * self.acc[head, rows]
+        self.acc[head] += jnp.dot(weights[:, :width], values(head), preferred_element_type=jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Columns:
+    """The same with a column for each query of a head, made up to whole lanes: for MXUs that are 256 wide.
+
+    Maxima and sums run down registers, and the product with the values has the weights, 256 keys by 256 queries, where
+    the MXU holds one side of it. Three KV heads are in work at a time, tile by tile, so that the MXU, the EUP and the
+    VALU all have something to do: what a step leaves in its buffer, the next one has taken before it is written again.
+    """
+
+    bq: int
+    q: Any  # [Hkv, columns, D or 2 * D]: the item's queries by KV head, scaled and as a sum of two where 2 * D
+    m: Any  # f32[Hkv, 1, columns]: running maximum of the scores
+    l: Any  # f32[Hkv, 1, columns]: running sum of 2 ** (score - m)
+    acc: Any  # f32[Hkv, D, columns]: running numerator
+    s: Any  # f32[bkv, columns]: scores of a head
+    top: Any  # f32[1, columns]: maximum of what was seen and them
+    p: Any  # [bkv, columns]: weights of the head before
+    alpha: Any  # f32[1, columns]: factor of its numerator
+    out: Any  # f32[2, columns, D]: the output of two KV heads
+
+    @staticmethod
+    def shapes(num_kv_heads, rows, head_dim, bkv, dtype):
+        f32 = functools.partial(pltpu.VMEM, dtype=jnp.float32)
+        columns = _align(rows, LANES)
+        depth = head_dim * (2 if head_dim == LANES and dtype == jnp.bfloat16 else 1)
+        row = f32((num_kv_heads, 1, columns))
+        return (
+            pltpu.VMEM((num_kv_heads, columns, depth), dtype),
+            *(row, row, f32((num_kv_heads, head_dim, columns))),
+            *(f32((bkv, columns)), f32((1, columns)), pltpu.VMEM((bkv, columns), dtype), f32((1, columns))),
+            f32((2, columns, head_dim)),
+        )
+
+    @property
+    def _splits(self):
+        return self.q.shape[2] == 2 * self.acc.shape[1]
+
+    def take(self, call, head, rows):
+        at = head // call.group, pl.ds(head % call.group * self.bq, self.bq)
+        if not self._splits:
+            self.q[at] = rows
+            return
+        # The MXU multiplies both parts of a sum of two in the time of one: it would be half empty.
+        scaled = rows.astype(jnp.float32) * call.options.scale
+        high = scaled.astype(rows.dtype)
+        self.q[(*at, pl.ds(0, rows.shape[1]))] = high
+        self.q[(*at, pl.ds(rows.shape[1], rows.shape[1]))] = (scaled - high.astype(jnp.float32)).astype(rows.dtype)
+
+    def reset(self, call, head):
+        """All of a KV head, at its last query head."""
+        head, i = divmod(head, call.group)
+        if i + 1 < call.group:
+            return
+        self.m[head] = jnp.full_like(self.m[head], call.options.mask_value)
+        self.l[head] = jnp.full_like(self.l[head], 0.0 if call.sink is None else 1.0)
+        self.acc[head] = jnp.zeros_like(self.acc[head])
+        if call.sink is not None:
+            columns = self.m.shape[2]
+            of_group = jax.lax.broadcasted_iota(jnp.int32, (1, columns), 1) // self.bq
+            for i in range(call.group):
+                sink = _lanes(call.sink[pl.ds(head * call.group + i, 1), :], columns)
+                self.m[head] = jnp.where(of_group == i, sink, self.m[head])
+
+    def output(self, call, head):
+        head, i = divmod(head, call.group)
+        if i == 0:
+            self.out[head % 2] = _output(call, self.acc[head], self.l[head]).T
+        return self.out[head % 2, pl.ds(i * self.bq, self.bq)]
+
+    def add(self, call, keys, values, width, masked):
+        columns = self.s.shape[1]
+        tiles = [pl.ds(i, min(TILE_COLUMNS, columns - i)) for i in range(0, columns, TILE_COLUMNS)]
+        k, v = {}, {}
+        for head in range(call.num_kv_heads + 2):
+            if head < call.num_kv_heads:
+                k[head] = jnp.concatenate([keys(head)] * 2, axis=1) if self._splits else keys(head)
+            if head >= 2:
+                v[head - 2] = values(head - 2).T
+            for tile in tiles:
+                if head >= 2:
+                    self._sum_up(head - 2, v[head - 2], width, tile)
+                if 1 <= head <= call.num_kv_heads:
+                    self._weigh(head - 1, width, tile)
+                if head < call.num_kv_heads:
+                    self._score(call, head, k[head], width, tile, masked)
+
+    def _score(self, call, head, keys, width, tile, masked):
+        products = jax.lax.dot_general(
+            keys, self.q[head, tile], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+        )
+        s = call.scores(products, self._splits)
+        if masked:
+            key = jax.lax.broadcasted_iota(jnp.int32, s.shape, 0)
+            query = jax.lax.rem(tile.start + jax.lax.broadcasted_iota(jnp.int32, s.shape, 1), self.bq)
+            s = jnp.where(_visible(call, query, key, *masked), s, call.options.mask_value)
+        self.s[:width, tile] = s
+        self.top[:, tile] = jnp.maximum(self.m[head, :, tile], jnp.max(s, axis=0, keepdims=True))
+
+    def _weigh(self, head, width, tile):
+        m_old, m_new = self.m[head, :, tile], self.top[:, tile]
+        alpha = jnp.exp2(m_old - m_new)
+        p = jnp.exp2(self.s[:width, tile] - m_new)
+        self.p[:width, tile] = p.astype(self.p.dtype)
+        self.m[head, :, tile], self.alpha[:, tile] = m_new, alpha
+        self.l[head, :, tile] = alpha * self.l[head, :, tile] + jnp.sum(p, axis=0, keepdims=True)
+
+    def _sum_up(self, head, values, width, tile):
+        weighed = jnp.dot(values, self.p[:width, tile], preferred_element_type=jnp.float32)
+        self.acc[head, :, tile] = self.alpha[:, tile] * self.acc[head, :, tile] + weighed
 
 
 def _lanes(x, width):
@@ -919,6 +1064,7 @@ def _rpa_kernel(
     options,
     num_q_heads,
     num_kv_heads,
+    sums,
 ):
     *sink, o_hbm, cache_hbm, decode_scratch, prefill_scratch = others
     call = _Call(
@@ -937,8 +1083,10 @@ def _rpa_kernel(
         num_kv_heads,
     )
     _decode_pass(call, _Decode(*decode_scratch))
-    _prefill_pass(call, _Prefill(*prefill_scratch))
-    _zero_padding(call, _Prefill(*prefill_scratch))
+    *buffers, of_sums = prefill_scratch
+    b = _Prefill(*buffers, sums(buffers[0].shape[2], *of_sums))
+    _prefill_pass(call, b)
+    _zero_padding(call, b)
 
 
 def _padded_heads(num_heads, dtype):
@@ -1071,7 +1219,7 @@ def ragged_paged_attention(
     if attention_sink is not None:
         sink = jnp.pad(attention_sink * LOG2_E, (0, heads - num_q_heads))
         sinks = (jnp.broadcast_to(sink[:, None], (heads, LANES)),)
-    group = num_q_heads // num_kv_heads
+    sums = _Columns if _generation() >= 6 else _Rows
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     out, new_cache = pl.pallas_call(
         functools.partial(
@@ -1079,6 +1227,7 @@ def ragged_paged_attention(
             options=options,
             num_q_heads=num_q_heads,
             num_kv_heads=num_kv_heads,
+            sums=sums,
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
@@ -1106,21 +1255,14 @@ def ragged_paged_attention(
                     pltpu.VMEM((2, tiles, bq, heads, LANES), q.dtype),
                     pltpu.VMEM((2, tiles, bq, keys.shape[1], LANES), kv_cache.dtype),
                     pltpu.VMEM((2, tiles, bq, keys.shape[1], LANES), kv_cache.dtype),
-                    pltpu.VMEM((num_kv_heads, group * bq, padded_dim), q.dtype),
                     pltpu.VMEM((tiles, bq * _odd(kv_rows), LANES), jnp.uint32),
                     pltpu.VMEM((tiles, bq * heads * out_dtype.itemsize // 4, LANES), jnp.uint32),
                     pltpu.VMEM((2, bkv, _odd(kv_rows), pack, padded_dim), kv_cache.dtype),
-                    pltpu.VMEM((num_kv_heads, group * bq, LANES), jnp.float32),
-                    pltpu.VMEM((num_kv_heads, group * bq, LANES), jnp.float32),
-                    pltpu.VMEM((num_kv_heads, group * bq, padded_dim), jnp.float32),
-                    pltpu.VMEM((group * bq, bkv), jnp.float32),
-                    pltpu.VMEM((group * bq, bkv), jnp.float32),
-                    pltpu.VMEM((group * bq, bkv), compute_dtype),
-                    pltpu.VMEM((group * bq, bkv), compute_dtype),
                     pltpu.SemaphoreType.DMA((2,)),
                     pltpu.SemaphoreType.DMA((2,)),
                     pltpu.SemaphoreType.DMA,
                     pltpu.SemaphoreType.DMA,
+                    sums.shapes(num_kv_heads, num_q_heads // num_kv_heads * bq, padded_dim, bkv, q.dtype),
                 ),
             ],
         ),
