@@ -914,8 +914,7 @@ class _Columns:
     bq: int
     q: Any  # [Hkv, columns, D or 2 * D]: the item's queries by KV head, scaled and as a sum of two where 2 * D
     m: Any  # f32[Hkv, 1, columns]: running maximum of the scores
-    l: Any  # f32[Hkv, 1, columns]: running sum of 2 ** (score - m)
-    acc: Any  # f32[Hkv, D, columns]: running numerator
+    acc: Any  # f32[Hkv, D + 8, columns]: running numerator, and eight times the running sum of 2 ** (score - m)
     s: Any  # f32[bkv, columns]: scores of a head
     top: Any  # f32[1, columns]: maximum of what was seen and them
     p: Any  # [bkv, columns]: weights of the head before
@@ -927,17 +926,16 @@ class _Columns:
         f32 = functools.partial(pltpu.VMEM, dtype=jnp.float32)
         columns = _align(rows, LANES)
         depth = head_dim * (2 if head_dim == LANES and dtype == jnp.bfloat16 else 1)
-        row = f32((num_kv_heads, 1, columns))
         return (
             pltpu.VMEM((num_kv_heads, columns, depth), dtype),
-            *(row, row, f32((num_kv_heads, head_dim, columns))),
+            *(f32((num_kv_heads, 1, columns)), f32((num_kv_heads, head_dim + 8, columns))),
             *(f32((bkv, columns)), f32((1, columns)), pltpu.VMEM((bkv, columns), dtype), f32((1, columns))),
             f32((2, columns, head_dim)),
         )
 
     @property
     def _splits(self):
-        return self.q.shape[2] == 2 * self.acc.shape[1]
+        return self.q.shape[2] == 2 * self.out.shape[2]
 
     def take(self, call, head, rows):
         at = head // call.group, pl.ds(head % call.group * self.bq, self.bq)
@@ -956,9 +954,10 @@ class _Columns:
         if i + 1 < call.group:
             return
         self.m[head] = jnp.full_like(self.m[head], call.options.mask_value)
-        self.l[head] = jnp.full_like(self.l[head], 0.0 if call.sink is None else 1.0)
         self.acc[head] = jnp.zeros_like(self.acc[head])
         if call.sink is not None:
+            sums = self.acc.at[head, pl.ds(self.out.shape[2], 8)]
+            sums[...] = jnp.ones_like(sums)
             columns = self.m.shape[2]
             of_group = jax.lax.broadcasted_iota(jnp.int32, (1, columns), 1) // self.bq
             for i in range(call.group):
@@ -968,7 +967,8 @@ class _Columns:
     def output(self, call, head):
         head, i = divmod(head, call.group)
         if i == 0:
-            self.out[head % 2] = _output(call, self.acc[head], self.l[head]).T
+            head_dim = self.out.shape[2]
+            self.out[head % 2] = _output(call, self.acc[head, :head_dim], self.acc[head, pl.ds(head_dim, 1)]).T
         return self.out[head % 2, pl.ds(i * self.bq, self.bq)]
 
     def add(self, call, keys, values, width, masked):
@@ -979,7 +979,7 @@ class _Columns:
             if head < call.num_kv_heads:
                 k[head] = jnp.concatenate([keys(head)] * 2, axis=1) if self._splits else keys(head)
             if head >= 2:
-                v[head - 2] = values(head - 2).T
+                v[head - 2] = self._with_ones(values(head - 2).T)
             for tile in tiles:
                 if head >= 2:
                     self._sum_up(head - 2, v[head - 2], width, tile)
@@ -987,6 +987,11 @@ class _Columns:
                     self._weigh(head - 1, width, tile)
                 if head < call.num_kv_heads:
                     self._score(call, head, k[head], width, tile, masked)
+
+    @staticmethod
+    def _with_ones(values):
+        """Rows of ones below ``[D, width]``, so that the MXU also sums the weights."""
+        return jnp.concatenate([values, jnp.ones((8, values.shape[1]), values.dtype)], axis=0)
 
     def _score(self, call, head, keys, width, tile, masked):
         products = jax.lax.dot_general(
@@ -1006,7 +1011,6 @@ class _Columns:
         p = jnp.exp2(self.s[:width, tile] - m_new)
         self.p[:width, tile] = p.astype(self.p.dtype)
         self.m[head, :, tile], self.alpha[:, tile] = m_new, alpha
-        self.l[head, :, tile] = alpha * self.l[head, :, tile] + jnp.sum(p, axis=0, keepdims=True)
 
     def _sum_up(self, head, values, width, tile):
         weighed = jnp.dot(values, self.p[:width, tile], preferred_element_type=jnp.float32)
