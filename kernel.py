@@ -795,23 +795,16 @@ def _prefill_block(call, b, slot, first_row, fetched):
 
 
 def _prefill_keys(call, b, slot, width, masked):
-    """All queries against the first `width` keys of a KV block.
+    """All queries against the first `width` keys of a KV block; those that were not fetched are zero.
 
     `masked`: (first_row, fetched) where a query may not see all of them.
     """
-    b.sums.add(
-        call,
-        lambda head: _keys(b.kv, slot, head, width),
-        lambda head: _prefill_values(b, slot, head, width, masked),
-        width,
-        masked,
-    )
 
+    def of(kind, head):
+        x = kind(b.kv, slot, head, width)
+        return x if masked is None else jnp.where(_between(x.shape, 0, *masked[1]), x, jnp.zeros_like(x))
 
-def _prefill_values(b, slot, head, width, masked):
-    """Zero where nothing was fetched."""
-    v = _values(b.kv, slot, head, width)
-    return v if masked is None else jnp.where(_between(v.shape, 0, *masked[1]), v, jnp.zeros_like(v))
+    b.sums.add(call, functools.partial(of, _keys), functools.partial(of, _values), width, masked)
 
 
 def _visible(call, query, key, first_row, fetched):
@@ -840,7 +833,8 @@ class _Rows:
     p1: Any  # [g * bq, bkv]
 
     @staticmethod
-    def shapes(num_kv_heads, rows, head_dim, bkv, dtype):
+    def shapes(bq, num_kv_heads, rows, head_dim, bkv, dtype):
+        del bq
         f32 = functools.partial(pltpu.VMEM, dtype=jnp.float32)
         sums = f32((num_kv_heads, rows, LANES)), f32((num_kv_heads, rows, LANES)), f32((num_kv_heads, rows, head_dim))
         scores, weights = f32((rows, bkv)), pltpu.VMEM((rows, bkv), dtype)
@@ -919,10 +913,11 @@ class _Columns:
     top: Any  # f32[1, columns]: maximum of what was seen and them
     p: Any  # [bkv, columns]: weights of the head before
     alpha: Any  # f32[1, columns]: factor of its numerator
+    bias: Any  # f32[bkv, …]: what leaves an invisible key no weight; columns repeat it
     out: Any  # f32[2, columns, D]: the output of two KV heads
 
     @staticmethod
-    def shapes(num_kv_heads, rows, head_dim, bkv, dtype):
+    def shapes(bq, num_kv_heads, rows, head_dim, bkv, dtype):
         f32 = functools.partial(pltpu.VMEM, dtype=jnp.float32)
         columns = _align(rows, LANES)
         depth = head_dim * (2 if head_dim == LANES and dtype == jnp.bfloat16 else 1)
@@ -930,6 +925,7 @@ class _Columns:
             pltpu.VMEM((num_kv_heads, columns, depth), dtype),
             *(f32((num_kv_heads, 1, columns)), f32((num_kv_heads, head_dim + 8, columns))),
             *(f32((bkv, columns)), f32((1, columns)), pltpu.VMEM((bkv, columns), dtype), f32((1, columns))),
+            f32((bkv, columns if bq % TILE_COLUMNS and TILE_COLUMNS % bq else min(max(bq, TILE_COLUMNS), columns))),
             f32((2, columns, head_dim)),
         )
 
@@ -974,6 +970,11 @@ class _Columns:
     def add(self, call, keys, values, width, masked):
         columns = self.s.shape[1]
         tiles = [pl.ds(i, min(TILE_COLUMNS, columns - i)) for i in range(0, columns, TILE_COLUMNS)]
+        if masked is not None:
+            bias = self.bias.at[pl.ds(0, width)]
+            key, column = (jax.lax.broadcasted_iota(jnp.int32, bias.shape, axis) for axis in (0, 1))
+            visible = _visible(call, jax.lax.rem(column, self.bq), key, *masked)
+            bias[...] = jnp.where(visible, 0.0, call.options.mask_value)
         k, v = {}, {}
         for head in range(call.num_kv_heads + 2):
             if head < call.num_kv_heads:
@@ -998,10 +999,8 @@ class _Columns:
             keys, self.q[head, tile], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
         )
         s = call.scores(products, self._splits)
-        if masked:
-            key = jax.lax.broadcasted_iota(jnp.int32, s.shape, 0)
-            query = jax.lax.rem(tile.start + jax.lax.broadcasted_iota(jnp.int32, s.shape, 1), self.bq)
-            s = jnp.where(_visible(call, query, key, *masked), s, call.options.mask_value)
+        if masked is not None:
+            s += self.bias[:width, pl.ds(tile.start % self.bias.shape[1], tile.size)]
         self.s[:width, tile] = s
         self.top[:, tile] = jnp.maximum(self.m[head, :, tile], jnp.max(s, axis=0, keepdims=True))
 
@@ -1266,7 +1265,7 @@ def ragged_paged_attention(
                     pltpu.SemaphoreType.DMA((2,)),
                     pltpu.SemaphoreType.DMA,
                     pltpu.SemaphoreType.DMA,
-                    sums.shapes(num_kv_heads, num_q_heads // num_kv_heads * bq, padded_dim, bkv, q.dtype),
+                    sums.shapes(bq, num_kv_heads, num_q_heads // num_kv_heads * bq, padded_dim, bkv, q.dtype),
                 ),
             ],
         ),
