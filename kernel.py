@@ -76,7 +76,7 @@ def _head_of(kv, head, is_value, count):
     bkv, rows, pack, head_dim = kv.shape
     count = bkv if count is None else count
     fold = head_dim // LANES
-    words = kv.bitcast(jnp.uint32).reshape(bkv * rows, head_dim).reshape(bkv * rows * fold, LANES)
+    words = _words(kv)
     tiles = []
     for tile in range(fold):
         if pack == 1:
@@ -157,13 +157,22 @@ def _word_rows(heads, word):
     return words[pl.ds(word, num_tokens, stride=words_per_token), :]
 
 
+def _words(packed):
+    """Tokens ``[n, rows, pack, D]`` as ``u32[n * rows * D / 128, 128]``, a row's tiles of lanes one after the other."""
+    num_tokens, rows, _, width = packed.shape
+    words = packed.bitcast(jnp.uint32).reshape(num_tokens * rows, width)
+    return words.reshape(num_tokens * rows * (width // LANES), LANES)
+
+
 def _heads_of_word(q, word):
-    """Rows ``[bq, D]`` of the heads that share a word of queries ``[D / 128, bq, Hq, 128]``: two if 16 bits wide."""
-    tiles = range(q.shape[0])
-    if q.dtype.itemsize == 4:
-        return (jnp.concatenate([q[tile, :, word, :] for tile in tiles], axis=1),)
-    words = jnp.concatenate([_word_rows(q.at[tile], word) for tile in tiles], axis=1)
-    halves = words << 16, words & jnp.uint32(0xFFFF0000)
+    """Rows ``[bq, D]`` of the heads that share a word of queries ``[bq, odd, pack, D]``: two if 16 bits wide."""
+    bq, stride, pack, head_dim = q.shape
+    fold, words = head_dim // LANES, _words(q)
+    tiles = [words[pl.ds(word * fold + tile, bq, stride=stride * fold), :] for tile in range(fold)]
+    rows = jnp.concatenate(tiles, axis=1)
+    if pack == 1:
+        return (pltpu.bitcast(rows, q.dtype),)
+    halves = rows << 16, rows & jnp.uint32(0xFFFF0000)
     return tuple(pltpu.bitcast(half, jnp.float32).astype(q.dtype) for half in halves)
 
 
@@ -175,11 +184,11 @@ def _high_halves(low, high):
     return (low >> 16) | (high & jnp.uint32(0xFFFF0000))
 
 
-def _tiles_as_cache(words, cache_hbm):
-    """``(lanes, tokens[n, rows, pack, 128])`` of the cache's layout and type for each tile of `words`; to read only."""
-    _, _, rows, pack, head_dim = cache_hbm.shape
+def _tiles_as(words, hbm):
+    """``(lanes, tokens[n, rows, pack, 128])`` of the type and layout of `hbm` for each tile of words; to read only."""
+    *_, rows, pack, head_dim = hbm.shape
     for tile, lanes in enumerate(_lane_tiles(head_dim)):
-        tokens = words.at[tile].bitcast(cache_hbm.dtype).reshape(-1, _odd(rows), pack, LANES)
+        tokens = words.at[tile].bitcast(hbm.dtype).reshape(-1, _odd(rows), pack, LANES)
         yield lanes, tokens.at[:, pl.ds(0, rows)]
 
 
@@ -211,10 +220,10 @@ class _Call:
     page_indices: Any  # i32[S * pages_per_seq]
     cu_q_lens: Any  # i32[S + 1]
     distribution: Any  # i32[3]: decode_end, prefill_end, total
-    q_hbm: Any  # [T, Hq, D]
+    q_hbm: Any  # [T, Hq / pack, pack, D], pack heads filling 32 bits
     k_hbm: Any  # [T, Hkv, D], Hkv even where two of them share a word
     v_hbm: Any  # [T, Hkv, D]
-    o_hbm: Any  # [T, Hq, D]
+    o_hbm: Any  # [T, Hq / pack, pack, D]
     cache_hbm: Any  # [P, page_size, 2 * Hkv / pack, pack, D]
     sink: Any  # f32[Hq, 128]: each head's sink as a score, the same in every lane; None: no sinks
     options: "_Options"
@@ -239,6 +248,10 @@ class _Call:
     @property
     def page_size(self):
         return self.cache_hbm.shape[1]
+
+    @property
+    def num_tokens(self):
+        return self.q_hbm.shape[0]
 
     def q_len(self, seq):
         return self.cu_q_lens[seq + 1] - self.cu_q_lens[seq]
@@ -288,13 +301,13 @@ def _for_pages(call, seq, block, start, tokens, kv_vmem, sem, do):
 class _Decode:
     """Buffers of the decode pass."""
 
-    q_ring: Any  # [buffers, D / 128, 1, Hq, 128]: with the first KV block of its sequence
+    q_ring: Any  # [buffers, 1, Hq / pack, pack, D]: with the first KV block of its sequence
     k_ring: Any  # [buffers, D / 128, 1, Hkv, 128]: the new token's keys, the same
     v_ring: Any  # [buffers, D / 128, 1, Hkv, 128]
     kv_ring: Any  # [buffers, bkv, 2 * Hkv / pack, pack, D]
     q: Any  # [Hq, D]: the sequence in work
     new: Any  # u32[2, D / 128, rows, 128]: the new token's keys and values on their way to the cache
-    o: Any  # [2, Hq, D]: on its way out
+    o: Any  # u32[2, D / 128, odd, 128]: on its way out
     m: Any  # f32[Hq, 128]: running maximum of the scores, the same in every lane
     l: Any  # f32[Hq, 128]: running sum of 2 ** (score - m), a row over its lanes
     acc: Any  # f32[Hq, D]: running numerator
@@ -316,8 +329,7 @@ def _decode_pass(call, d):
     total = call.distribution[2]
     is_decode = lambda q_len: q_len == 1  # noqa: E731
 
-    inputs = ((call.q_hbm, d.q_ring), (call.k_hbm, d.k_ring), (call.v_hbm, d.v_ring))
-    inputs = inputs if call.options.causal else inputs[:1]
+    new = ((call.k_hbm, d.k_ring), (call.v_hbm, d.v_ring)) if call.options.causal else ()
 
     def first_seen(seq):
         return call.first_seen(call.kv_lens[seq] - 1)
@@ -326,7 +338,8 @@ def _decode_pass(call, d):
         @pl.when(block == first_seen(seq) // d.bkv)
         def _():
             row = call.cu_q_lens[seq]
-            for hbm, ring in inputs:
+            do(pltpu.make_async_copy(call.q_hbm.at[pl.ds(row, 1)], d.q_ring.at[slot], d.ring_sems.at[slot]))
+            for hbm, ring in new:
                 _for_tiles(hbm.at[pl.ds(row, 1)], ring.at[slot], d.ring_sems.at[slot], do)
 
         kv, sem = d.kv_ring.at[slot], d.ring_sems.at[slot]
@@ -351,11 +364,13 @@ def _decode_pass(call, d):
         return after, jnp.where(last, first_block(after), block + 1), jax.lax.rem(slot + 1, d.buffers)
 
     def for_results(seq, parity, do):
-        do(pltpu.make_async_copy(d.o.at[parity], call.o_hbm.at[call.cu_q_lens[seq]], d.out_sems.at[parity]))
+        for lanes, out in _tiles_as(d.o.at[parity], call.o_hbm):
+            target = call.o_hbm.at[pl.ds(call.cu_q_lens[seq], 1), :, :, lanes]
+            do(pltpu.make_async_copy(out, target, d.out_sems.at[parity]))
         if not call.options.causal:
             return
         slots = call.slots(seq, call.kv_lens[seq] - 1, 1)
-        for lanes, tokens in _tiles_as_cache(d.new.at[parity], call.cache_hbm):
+        for lanes, tokens in _tiles_as(d.new.at[parity], call.cache_hbm):
             do(pltpu.make_async_copy(tokens, slots.at[:, :, :, lanes], d.out_sems.at[parity]))
 
     def attend_sequence(state):
@@ -383,7 +398,7 @@ def _decode_pass(call, d):
                 if call.options.causal:
 
                     def patch():
-                        for lanes, new in _tiles_as_cache(d.new.at[parity], call.cache_hbm):
+                        for lanes, new in _tiles_as(d.new.at[parity], call.cache_hbm):
                             d.kv_ring[slot, tokens - 1, :, :, lanes] = new[0]
 
                     patch() if seen is None else pl.when(block == last)(patch)
@@ -392,7 +407,11 @@ def _decode_pass(call, d):
             return jax.lax.rem(slot + 1, d.buffers), ahead
 
         slot, ahead = jax.lax.fori_loop(first, last + 1, step, (slot, ahead))
-        d.o[parity] = _output(call, d.acc[...], jnp.sum(d.l[...], axis=1, keepdims=True)).astype(d.o.dtype)
+        out = _output(call, d.acc[...], jnp.sum(d.l[...], axis=1, keepdims=True)).astype(call.o_hbm.dtype)
+        for tile, lanes in enumerate(_lane_tiles(out.shape[1])):
+            d.o[parity, tile, : call.o_hbm.shape[1]] = pltpu.bitcast(
+                out[:, lanes.start : lanes.start + LANES], jnp.uint32
+            )
         for_results(seq, parity, lambda copy: copy.start())
         return call.next_with(is_decode, seq + 1), slot, ahead, count + 1, seq, before
 
@@ -409,7 +428,9 @@ def _decode_pass(call, d):
 
 
 def _begin_decode(call, d, slot, parity):
-    d.q[...] = jnp.concatenate([d.q_ring[slot, tile, 0] for tile in range(d.q_ring.shape[1])], axis=1)
+    words, fold = _words(d.q_ring.at[slot]), d.q.shape[1] // LANES
+    tiles = [words[pl.ds(tile, words.shape[0] // fold, stride=fold), :] for tile in range(fold)]
+    d.q[...] = pltpu.bitcast(jnp.concatenate(tiles, axis=1), d.q.dtype)
     if call.options.causal:
         _interleave(call, d.k_ring.at[slot], d.v_ring.at[slot], d.new.at[parity])
     d.m[...] = jnp.full_like(d.m, call.options.mask_value) if call.sink is None else call.sink[...]
@@ -505,9 +526,9 @@ def _between_words(word, kv, seen):
 
 def _chunk_of(kv, chunk, is_value, seen):
     """Keys or values ``[columns, D]`` of a chunk; zero where not of a token in `seen`."""
-    bkv, rows, pack, head_dim = kv.shape
+    *_, pack, head_dim = kv.shape
     fold = head_dim // LANES
-    words = kv.bitcast(jnp.uint32).reshape(bkv * rows, head_dim).reshape(bkv * rows * fold, LANES)
+    words = _words(kv)
 
     def load(tile, start, count, step=1):
         first, stride = start * fold + tile, step * fold
@@ -549,17 +570,21 @@ def _tell_heads_apart(call, d):
 class _Prefill:
     """Buffers of the prefill pass."""
 
-    q: Any  # [2, D / 128, bq, Hq, 128]: of the item in work and of the following one
+    q: Any  # [2, bq, odd, pack, D]: of the item in work and of the following one
     k: Any  # [2, D / 128, bq, Hkv, 128]: the same tokens' new keys
     v: Any  # [2, D / 128, bq, Hkv, 128]
     new: Any  # u32[D / 128, bq * rows, 128]: the item's keys and values in the cache's layout
-    o: Any  # u32[D / 128, bq * Hq * out bytes / 4, 128]: rows of the output by tile
+    o: Any  # u32[D / 128, bq * odd, 128]: the item's output
     kv: Any  # [2, bkv, 2 * Hkv / pack, pack, D]
     kv_sems: Any  # DMA[2], one per KV buffer
     in_sems: Any  # DMA[2]: queries, keys, values
     new_sem: Any  # DMA: cache update
     out_sem: Any  # DMA: output
     sums: "_Rows | _Columns"
+
+    @property
+    def bq(self):
+        return self.k.shape[2]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -586,10 +611,10 @@ class _Item:
 
 
 def _item(call, b, seq, q_block):
-    bq = b.q.shape[2]
+    bq = b.bq
     row_start = call.cu_q_lens[seq] + q_block * bq
     q_end = call.cu_q_lens[seq + 1]
-    window = jnp.minimum(row_start, call.q_hbm.shape[0] - bq)
+    window = jnp.minimum(row_start, call.num_tokens - bq)
     return _Item(seq, row_start, jnp.minimum(row_start + bq, q_end), window, call.kv_lens[seq] - q_end + row_start)
 
 
@@ -648,9 +673,10 @@ def _start(copy):
 
 
 def _for_inputs(call, b, item, parity, do):
-    bq = b.q.shape[2]
-    inputs = ((call.q_hbm, b.q), (call.k_hbm, b.k), (call.v_hbm, b.v))
-    for hbm, vmem in inputs if call.options.causal else inputs[:1]:
+    bq = b.bq
+    queries = b.q.at[parity, :, pl.ds(0, call.q_hbm.shape[1])]
+    do(pltpu.make_async_copy(call.q_hbm.at[pl.ds(item.window, bq)], queries, b.in_sems.at[parity]))
+    for hbm, vmem in ((call.k_hbm, b.k), (call.v_hbm, b.v)) if call.options.causal else ():
         _for_tiles(hbm.at[pl.ds(item.window, bq)], vmem.at[parity], b.in_sems.at[parity], do)
 
 
@@ -663,7 +689,7 @@ def _for_new_tokens(call, b, item, do):
 
     def copy(start, count):
         slots = call.slots(item.seq, start, count)
-        for lanes, tokens in _tiles_as_cache(b.new, call.cache_hbm):
+        for lanes, tokens in _tiles_as(b.new, call.cache_hbm):
             source = tokens.at[pl.ds(item.skipped + start - item.position, count)]
             do(pltpu.make_async_copy(source, slots.at[:, :, :, lanes], b.new_sem))
 
@@ -672,7 +698,7 @@ def _for_new_tokens(call, b, item, do):
         first = jnp.maximum(item.position, page * page_size)
         end = jnp.minimum(item.end, (page + 1) * page_size)
         whole = end - first == page_size
-        if page_size <= b.q.shape[2]:
+        if page_size <= b.bq:
             pl.when(whole)(lambda: copy(first, page_size))
             end = jnp.where(whole, first, end)
         pl.loop(first, end)(lambda token: copy(token, 1))
@@ -680,11 +706,11 @@ def _for_new_tokens(call, b, item, do):
 
 def _for_rows(call, b, item, do):
     """`do(copy)` of the output: whole if every row of the window is the item's own, else row by row."""
-    bq = b.q.shape[2]
+    bq = b.bq
 
     def copy(start, count):
-        for lanes, o in _output_tiles(call, b):
-            rows = call.o_hbm.at[pl.ds(start, count), :, lanes]
+        for lanes, o in _tiles_as(b.o, call.o_hbm):
+            rows = call.o_hbm.at[pl.ds(start, count), :, :, lanes]
             do(pltpu.make_async_copy(o.at[pl.ds(start - item.window, count)], rows, b.out_sem))
 
     whole = jnp.logical_and(item.row_end - item.window == bq, item.skipped == 0)
@@ -692,17 +718,11 @@ def _for_rows(call, b, item, do):
     pl.when(jnp.logical_not(whole))(lambda: pl.loop(item.row_start, item.row_end)(lambda row: copy(row, 1)))
 
 
-def _output_tiles(call, b):
-    """``(lanes, rows[bq, Hq, 128])`` of the output for each tile of `b.o`; to read only."""
-    for tile, lanes in enumerate(_lane_tiles(call.o_hbm.shape[-1])):
-        yield lanes, b.o.at[tile].bitcast(call.o_hbm.dtype).reshape(b.q.shape[2], call.o_hbm.shape[1], LANES)
-
-
 def _begin_item(call, b, item, parity):
     if call.options.causal:
         _interleave(call, b.k.at[parity], b.v.at[parity], b.new)
-    heads_per_word = 4 // b.q.dtype.itemsize
-    for word in range(call.q_hbm.shape[1] // heads_per_word):
+    _, num_words, heads_per_word, _ = call.q_hbm.shape
+    for word in range(num_words):
         for head, rows in enumerate(_heads_of_word(b.q.at[parity], word), word * heads_per_word):
             if head < call.num_q_heads:
                 b.sums.take(call, head, rows)
@@ -746,10 +766,10 @@ def _patch(call, b, item, block, slot):
     first_position = block * b.kv.shape[1]
     start = jnp.maximum(item.position, first_position)
     end = jnp.minimum(item.end, first_position + b.kv.shape[1])
-    together = min(16, b.q.shape[2])
+    together = min(16, b.bq)
 
     def copy(position, count):
-        for lanes, new in _tiles_as_cache(b.new, call.cache_hbm):
+        for lanes, new in _tiles_as(b.new, call.cache_hbm):
             tokens = new[pl.ds(position - item.position + item.skipped, count)]
             b.kv[slot, pl.ds(position - first_position, count), : tokens.shape[1], :, lanes] = tokens
 
@@ -760,8 +780,7 @@ def _patch(call, b, item, block, slot):
 
 def _finish_item(call, b):
     """Numerators and sums to the output, whose words hold two heads if it is 16 bits wide."""
-    _, num_tiles, bq, num_q_heads, _ = b.q.shape
-    heads_per_word = 4 // call.o_hbm.dtype.itemsize
+    heads_per_word = call.o_hbm.shape[2]
     halves = []
     for head in range(call.num_q_heads):
         out = b.sums.output(call, head)
@@ -769,8 +788,8 @@ def _finish_item(call, b):
         halves.append(pltpu.bitcast(out.astype(call.o_hbm.dtype).astype(jnp.float32), jnp.uint32))
         if len(halves) == heads_per_word or head + 1 == call.num_q_heads:
             words = halves[0] if heads_per_word == 1 else _high_halves(halves[0], halves[-1])
-            rows = pl.ds(head // heads_per_word, bq, stride=num_q_heads // heads_per_word)
-            for tile in range(num_tiles):
+            rows = pl.ds(head // heads_per_word, b.bq, stride=b.o.shape[1] // b.bq)
+            for tile in range(b.o.shape[0]):
                 b.o.at[tile][rows, :] = words[:, tile * LANES : (tile + 1) * LANES]
             halves = []
 
@@ -780,7 +799,7 @@ def _prefill_block(call, b, slot, first_row, fetched):
 
     Only what straddles the diagonal or the window's edge is masked; quarters that no query sees are left out.
     """
-    bq, bkv = b.q.shape[2], b.kv.shape[1]
+    bq, bkv = b.bq, b.kv.shape[1]
     causal, window = call.options.causal, call.options.sliding_window
     whole = first_row >= bkv - 1 if causal else fetched[1] >= bkv
     if window is not None:
@@ -1044,10 +1063,10 @@ def _zero_padding(call, b):
     b.o[...] = jnp.zeros_like(b.o)
 
     def for_copies(row, do):
-        for lanes, o in _output_tiles(call, b):
-            do(pltpu.make_async_copy(o.at[pl.ds(0, 1)], call.o_hbm.at[pl.ds(row, 1), :, lanes], b.out_sem))
+        for lanes, o in _tiles_as(b.o, call.o_hbm):
+            do(pltpu.make_async_copy(o.at[pl.ds(0, 1)], call.o_hbm.at[pl.ds(row, 1), :, :, lanes], b.out_sem))
 
-    first, end = call.cu_q_lens[call.distribution[2]], call.q_hbm.shape[0]
+    first, end = call.cu_q_lens[call.distribution[2]], call.num_tokens
     pl.loop(first, end)(lambda row: for_copies(row, _start))
     pl.loop(first, end)(lambda row: for_copies(row, lambda copy: copy.wait()))
 
@@ -1087,7 +1106,8 @@ def _rpa_kernel(
     )
     _decode_pass(call, _Decode(*decode_scratch))
     *buffers, of_sums = prefill_scratch
-    b = _Prefill(*buffers, sums(buffers[0].shape[2], *of_sums))
+    b = _Prefill(*buffers, None)
+    b = dataclasses.replace(b, sums=sums(b.bq, *of_sums))
     _prefill_pass(call, b)
     _zero_padding(call, b)
 
@@ -1212,6 +1232,9 @@ def ragged_paged_attention(
     q = padded(queries.astype(compute_dtype))
     keys, values = padded(keys), padded(values)
     heads, tiles = q.shape[1], padded_dim // LANES
+    q_pack, out_pack = 4 // q.dtype.itemsize, 4 // out_dtype.itemsize
+    q = q.reshape(num_tokens, heads // q_pack, q_pack, padded_dim)  # as it lies in memory
+    out_rows = _odd(heads // out_pack)
 
     own_bq = Q_BLOCK_TOKENS * (2 if _generation() >= 6 else 1)
     bq, bkv = (p_block_sizes or m_block_sizes or (own_bq, _block_tokens(KV_BLOCK_PAGES, page_size)))[:2]
@@ -1239,13 +1262,13 @@ def ragged_paged_attention(
             out_specs=[hbm, hbm],
             scratch_shapes=[
                 (
-                    pltpu.VMEM((DECODE_BUFFERS, tiles, 1, heads, LANES), q.dtype),
+                    pltpu.VMEM((DECODE_BUFFERS, 1, *q.shape[1:]), q.dtype),
                     pltpu.VMEM((DECODE_BUFFERS, tiles, 1, keys.shape[1], LANES), kv_cache.dtype),
                     pltpu.VMEM((DECODE_BUFFERS, tiles, 1, keys.shape[1], LANES), kv_cache.dtype),
                     pltpu.VMEM((DECODE_BUFFERS, decode_bkv, kv_rows, pack, padded_dim), kv_cache.dtype),
                     pltpu.VMEM((heads, padded_dim), q.dtype),
                     pltpu.VMEM((2, tiles, _odd(kv_rows), LANES), jnp.uint32),
-                    pltpu.VMEM((2, heads, padded_dim), out_dtype),
+                    pltpu.VMEM((2, tiles, out_rows, LANES), jnp.uint32),
                     pltpu.VMEM((heads, LANES), jnp.float32),
                     pltpu.VMEM((heads, LANES), jnp.float32),
                     pltpu.VMEM((heads, padded_dim), jnp.float32),
@@ -1255,11 +1278,11 @@ def ragged_paged_attention(
                     pltpu.SemaphoreType.DMA((2,)),
                 ),
                 (
-                    pltpu.VMEM((2, tiles, bq, heads, LANES), q.dtype),
+                    pltpu.VMEM((2, bq, _odd(q.shape[1]), *q.shape[2:]), q.dtype),
                     pltpu.VMEM((2, tiles, bq, keys.shape[1], LANES), kv_cache.dtype),
                     pltpu.VMEM((2, tiles, bq, keys.shape[1], LANES), kv_cache.dtype),
                     pltpu.VMEM((tiles, bq * _odd(kv_rows), LANES), jnp.uint32),
-                    pltpu.VMEM((tiles, bq * heads * out_dtype.itemsize // 4, LANES), jnp.uint32),
+                    pltpu.VMEM((tiles, bq * out_rows, LANES), jnp.uint32),
                     pltpu.VMEM((2, bkv, _odd(kv_rows), pack, padded_dim), kv_cache.dtype),
                     pltpu.SemaphoreType.DMA((2,)),
                     pltpu.SemaphoreType.DMA((2,)),
@@ -1270,7 +1293,7 @@ def ragged_paged_attention(
             ],
         ),
         out_shape=[
-            jax.ShapeDtypeStruct((num_tokens, heads, padded_dim), out_dtype),
+            jax.ShapeDtypeStruct((num_tokens, heads // out_pack, out_pack, padded_dim), out_dtype),
             jax.ShapeDtypeStruct(kv_cache.shape, kv_cache.dtype),
         ],
         input_output_aliases={7: 1},
@@ -1281,6 +1304,7 @@ def ragged_paged_attention(
         ),
         name=KERNEL_NAME,
     )(kv_lens, page_indices, cu_q_lens, distribution, q, keys, values, kv_cache, *sinks)
+    out = out.reshape(num_tokens, heads, padded_dim)
     return out[:, :num_q_heads, :head_dim], new_cache if update_kv_cache else given_cache
 
 
