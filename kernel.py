@@ -641,12 +641,20 @@ def _prefill_pass(call, b):
         for_there()(lambda: _for_inputs(call, b, following, 1 - parity, lambda copy: copy.start()))
         _begin_item(call, b, item, parity)
 
-        def start_following(slot):
+        start = first_block(following) * b.kv.shape[1]
+        reads_new = jnp.logical_and(item.position < start + b.kv.shape[1], item.end > start)
+        reads_new = jnp.logical_and(next_seq == seq, reads_new)
+
+        def wait_for_new_tokens(condition):
             if call.options.causal:
-                _for_new_tokens(call, b, item, lambda copy: copy.wait())  # the following item may read them
+                pl.when(condition)(lambda: _for_new_tokens(call, b, item, lambda copy: copy.wait()))
+
+        def start_following(slot):
+            wait_for_new_tokens(reads_new)
             for_there()(lambda: _for_item_pages(call, b, following, first_block(following), slot, _start))
 
         slot = _attend_item(call, b, item, first_block(item), slot, start_following)
+        wait_for_new_tokens(jnp.logical_not(reads_new))
         pl.when(before[0] >= 0)(lambda: _for_rows(call, b, _item(call, b, *before), lambda copy: copy.wait()))
         _finish_item(call, b)
         _for_rows(call, b, item, lambda copy: copy.start())
