@@ -121,40 +121,38 @@ def _lane_tiles(width):
     return [pl.ds(i, LANES) for i in range(0, width, LANES)]
 
 
-def _interleave(call, k, v, words):
-    """New keys and values ``[D / 128, n, Hkv, 128]`` in the cache's layout: `words` ``u32[D / 128, n * odd, 128]``."""
-    num_tiles, num_tokens, *_ = k.shape
-    rows, stride = call.cache_hbm.shape[2], words.shape[1] // num_tokens
-    for tile in range(num_tiles):
+def _interleave(call, k, v, num_tokens, words):
+    """New keys and values in the cache's layout: `words` ``u32[D / 128, n * odd, 128]``.
+
+    `k`, `v`: ``u32[n * …, 128]`` for each tile of lanes, tokens' words one after the other.
+    """
+    rows, itemsize = call.cache_hbm.shape[2], call.cache_hbm.dtype.itemsize
+    for tile, both in enumerate(zip(k, v, strict=True)):
+
+        def of(is_value, word, both=both):
+            ref = both[is_value]
+            return ref[pl.ds(word, num_tokens, stride=ref.shape[0] // num_tokens), :]
 
         def store(row, value, tile=tile):
-            words.at[tile][pl.ds(row, num_tokens, stride=stride), :] = value
+            words.at[tile][pl.ds(row, num_tokens, stride=words.shape[1] // num_tokens), :] = value
 
-        if k.dtype.itemsize == 4:
+        if itemsize == 4:
             for row in range(2 * call.num_kv_heads):
-                store(row, pltpu.bitcast((k, v)[row % 2][tile, :, row // 2, :], jnp.uint32))
+                store(row, of(row % 2, row // 2))
             continue
-        if k.dtype.itemsize == 1:
+        if itemsize == 1:
             for row in range(rows):
-                k4, v4 = (_word_rows(ref.at[tile], row // 2) for ref in (k, v))
+                k4, v4 = of(0, row // 2), of(1, row // 2)
                 low, high = 16 * (row % 2), 16 * (row % 2) + 8
-                both = [(k4 >> low) & 0xFF, ((v4 >> low) & 0xFF) << 8]
-                both += [((k4 >> high) & 0xFF) << 16, (v4 >> high) << 24]
-                store(row, functools.reduce(jnp.bitwise_or, both))
+                parts = [(k4 >> low) & 0xFF, ((v4 >> low) & 0xFF) << 8]
+                parts += [((k4 >> high) & 0xFF) << 16, (v4 >> high) << 24]
+                store(row, functools.reduce(jnp.bitwise_or, parts))
             continue
         for pair in range(-(-call.num_kv_heads // 2)):
-            k2, v2 = (_word_rows(ref.at[tile], pair) for ref in (k, v))
+            k2, v2 = of(0, pair), of(1, pair)
             store(2 * pair, _low_halves(k2, v2))
             if 2 * pair + 1 < call.num_kv_heads:
                 store(2 * pair + 1, _high_halves(k2, v2))
-
-
-def _word_rows(heads, word):
-    """32-bit words ``[n, 128]``, the `word`-th of each token, of heads ``[n, H, 128]`` that are narrower."""
-    num_tokens, num_heads, width = heads.shape
-    words_per_token = num_heads * heads.dtype.itemsize // 4
-    words = heads.bitcast(jnp.uint32).reshape(num_tokens * words_per_token, width)
-    return words[pl.ds(word, num_tokens, stride=words_per_token), :]
 
 
 def _words(packed):
@@ -164,16 +162,41 @@ def _words(packed):
     return words.reshape(num_tokens * rows * (width // LANES), LANES)
 
 
-def _heads_of_word(q, word):
-    """Rows ``[bq, D]`` of the heads that share a word of queries ``[bq, odd, pack, D]``: two if 16 bits wide."""
-    bq, stride, pack, head_dim = q.shape
-    fold, words = head_dim // LANES, _words(q)
-    tiles = [words[pl.ds(word * fold + tile, bq, stride=stride * fold), :] for tile in range(fold)]
-    rows = jnp.concatenate(tiles, axis=1)
-    if pack == 1:
-        return (pltpu.bitcast(rows, q.dtype),)
+def _heads_of_word(words, word, bq, dtype):
+    """Rows ``[bq, D]`` of the heads that share a word of queries ``u32[bq * odd, 128]`` a tile: two if 16 bits wide."""
+    rows = [tile[pl.ds(word, bq, stride=tile.shape[0] // bq), :] for tile in words]
+    rows = jnp.concatenate(rows, axis=1)
+    if dtype.itemsize == 4:
+        return (pltpu.bitcast(rows, dtype),)
     halves = rows << 16, rows & jnp.uint32(0xFFFF0000)
-    return tuple(pltpu.bitcast(half, jnp.float32).astype(q.dtype) for half in halves)
+    return tuple(pltpu.bitcast(half, jnp.float32).astype(dtype) for half in halves)
+
+
+def _word_tiles(tokens, words, part=0):
+    """``u32[n * …, 128]`` for each tile of lanes of ``[n, H, D]`` or ``[n, odd, pack, D]``.
+
+    Where D > 128 that is not how they lie: they are moved to a `part` of `words`, ``u32[D / 128, n * odd, 128]``.
+    """
+    if tokens.ndim == 4 or tokens.shape[-1] == LANES:
+        return [tokens.bitcast(jnp.uint32).reshape(-1, LANES)]
+
+    def take(token, words):
+        words[...] = pltpu.bitcast(token[...], jnp.uint32)
+
+    num_rows = tokens.shape[0] * _odd(tokens.shape[1] * tokens.dtype.itemsize // 4)
+    words = words.at[:, pl.ds(part * num_rows, num_rows)]
+    _move_words(tokens, words, take)
+    return [words.at[tile] for tile in range(words.shape[0])]
+
+
+def _move_words(tokens, words, do):
+    """`do(token, its words)` for all of ``[n, H, D]`` and ``u32[D / 128, n * odd, 128]``, 128 lanes at a time."""
+    num_tokens, num_heads, head_dim = tokens.shape
+    num_words = num_heads * tokens.dtype.itemsize // 4
+    for token in range(num_tokens):
+        for tile, lanes in enumerate(_lane_tiles(head_dim)):
+            at = pl.ds(token * (words.shape[1] // num_tokens), num_words)
+            do(tokens.at[token, :, lanes], words.at[tile, at])
 
 
 def _low_halves(low, high):
@@ -220,10 +243,10 @@ class _Call:
     page_indices: Any  # i32[S * pages_per_seq]
     cu_q_lens: Any  # i32[S + 1]
     distribution: Any  # i32[3]: decode_end, prefill_end, total
-    q_hbm: Any  # [T, Hq / pack, pack, D], pack heads filling 32 bits
+    q_hbm: Any  # [T, Hq / pack, pack, D], pack heads filling 32 bits, where they lie so: D = 128; else [T, Hq, D]
     k_hbm: Any  # [T, Hkv, D], Hkv even where two of them share a word
     v_hbm: Any  # [T, Hkv, D]
-    o_hbm: Any  # [T, Hq / pack, pack, D]
+    o_hbm: Any  # the same
     cache_hbm: Any  # [P, page_size, 2 * Hkv / pack, pack, D]
     sink: Any  # f32[Hq, 128]: each head's sink as a score, the same in every lane; None: no sinks
     options: "_Options"
@@ -252,6 +275,11 @@ class _Call:
     @property
     def num_tokens(self):
         return self.q_hbm.shape[0]
+
+    @property
+    def in_words(self):
+        """Whether a token's heads lie in HBM one word of 128 lanes after the other."""
+        return self.q_hbm.ndim == 4
 
     def q_len(self, seq):
         return self.cu_q_lens[seq + 1] - self.cu_q_lens[seq]
@@ -301,13 +329,13 @@ def _for_pages(call, seq, block, start, tokens, kv_vmem, sem, do):
 class _Decode:
     """Buffers of the decode pass."""
 
-    q_ring: Any  # [buffers, 1, Hq / pack, pack, D]: with the first KV block of its sequence
+    q_ring: Any  # [buffers, 1, …, D] as in HBM: with the first KV block of its sequence
     k_ring: Any  # [buffers, D / 128, 1, Hkv, 128]: the new token's keys, the same
     v_ring: Any  # [buffers, D / 128, 1, Hkv, 128]
     kv_ring: Any  # [buffers, bkv, 2 * Hkv / pack, pack, D]
     q: Any  # [Hq, D]: the sequence in work
     new: Any  # u32[2, D / 128, rows, 128]: the new token's keys and values on their way to the cache
-    o: Any  # u32[2, D / 128, odd, 128]: on its way out
+    o: Any  # on its way out: [2, 1, Hq, D], or u32[2, 1, odd, 128]
     m: Any  # f32[Hq, 128]: running maximum of the scores, the same in every lane
     l: Any  # f32[Hq, 128]: running sum of 2 ** (score - m), a row over its lanes
     acc: Any  # f32[Hq, D]: running numerator
@@ -364,9 +392,8 @@ def _decode_pass(call, d):
         return after, jnp.where(last, first_block(after), block + 1), jax.lax.rem(slot + 1, d.buffers)
 
     def for_results(seq, parity, do):
-        for lanes, out in _tiles_as(d.o.at[parity], call.o_hbm):
-            target = call.o_hbm.at[pl.ds(call.cu_q_lens[seq], 1), :, :, lanes]
-            do(pltpu.make_async_copy(out, target, d.out_sems.at[parity]))
+        out = next(_tiles_as(d.o.at[parity], call.o_hbm))[1] if call.in_words else d.o.at[parity]
+        do(pltpu.make_async_copy(out, call.o_hbm.at[pl.ds(call.cu_q_lens[seq], 1)], d.out_sems.at[parity]))
         if not call.options.causal:
             return
         slots = call.slots(seq, call.kv_lens[seq] - 1, 1)
@@ -408,10 +435,8 @@ def _decode_pass(call, d):
 
         slot, ahead = jax.lax.fori_loop(first, last + 1, step, (slot, ahead))
         out = _output(call, d.acc[...], jnp.sum(d.l[...], axis=1, keepdims=True)).astype(call.o_hbm.dtype)
-        for tile, lanes in enumerate(_lane_tiles(out.shape[1])):
-            d.o[parity, tile, : call.o_hbm.shape[1]] = pltpu.bitcast(
-                out[:, lanes.start : lanes.start + LANES], jnp.uint32
-            )
+        out = pltpu.bitcast(out, jnp.uint32) if call.in_words else out
+        d.o[parity, 0, : out.shape[0]] = out
         for_results(seq, parity, lambda copy: copy.start())
         return call.next_with(is_decode, seq + 1), slot, ahead, count + 1, seq, before
 
@@ -428,11 +453,14 @@ def _decode_pass(call, d):
 
 
 def _begin_decode(call, d, slot, parity):
-    words, fold = _words(d.q_ring.at[slot]), d.q.shape[1] // LANES
-    tiles = [words[pl.ds(tile, words.shape[0] // fold, stride=fold), :] for tile in range(fold)]
-    d.q[...] = pltpu.bitcast(jnp.concatenate(tiles, axis=1), d.q.dtype)
+    ring = d.q_ring.at[slot]
+    d.q[...] = pltpu.bitcast(_words(ring)[...], d.q.dtype) if call.in_words else ring[0]
     if call.options.causal:
-        _interleave(call, d.k_ring.at[slot], d.v_ring.at[slot], d.new.at[parity])
+        k, v = (
+            [ring.at[slot, tile].bitcast(jnp.uint32).reshape(-1, LANES) for tile in range(ring.shape[1])]
+            for ring in (d.k_ring, d.v_ring)
+        )
+        _interleave(call, k, v, 1, d.new.at[parity])
     d.m[...] = jnp.full_like(d.m, call.options.mask_value) if call.sink is None else call.sink[...]
     d.l[...] = jnp.full_like(d.l, 0.0 if call.sink is None else 1 / LANES)
     d.acc[...] = jnp.zeros_like(d.acc)
@@ -570,11 +598,13 @@ def _tell_heads_apart(call, d):
 class _Prefill:
     """Buffers of the prefill pass."""
 
-    q: Any  # [2, bq, odd, pack, D]: of the item in work and of the following one
-    k: Any  # [2, D / 128, bq, Hkv, 128]: the same tokens' new keys
-    v: Any  # [2, D / 128, bq, Hkv, 128]
+    q: Any  # [2, bq, odd, pack, D] or [2, bq, Hq, D]: of the item in work and of the following one
+    k: Any  # [2, bq, Hkv, D]: the same tokens' new keys
+    v: Any  # [2, bq, Hkv, D]
     new: Any  # u32[D / 128, bq * rows, 128]: the item's keys and values in the cache's layout
-    o: Any  # u32[D / 128, bq * odd, 128]: the item's output
+    words: Any  # u32[D / 128, …, 128]: the item's queries, keys and values, see _word_tiles
+    o_words: Any  # u32[D / 128, bq * odd, 128]: its output
+    o: Any  # [bq, Hq, D]: what of that goes out, where it does not go in words
     kv: Any  # [2, bkv, 2 * Hkv / pack, pack, D]
     kv_sems: Any  # DMA[2], one per KV buffer
     in_sems: Any  # DMA[2]: queries, keys, values
@@ -584,7 +614,7 @@ class _Prefill:
 
     @property
     def bq(self):
-        return self.k.shape[2]
+        return self.k.shape[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -682,10 +712,10 @@ def _start(copy):
 
 def _for_inputs(call, b, item, parity, do):
     bq = b.bq
-    queries = b.q.at[parity, :, pl.ds(0, call.q_hbm.shape[1])]
-    do(pltpu.make_async_copy(call.q_hbm.at[pl.ds(item.window, bq)], queries, b.in_sems.at[parity]))
-    for hbm, vmem in ((call.k_hbm, b.k), (call.v_hbm, b.v)) if call.options.causal else ():
-        _for_tiles(hbm.at[pl.ds(item.window, bq)], vmem.at[parity], b.in_sems.at[parity], do)
+    inputs = ((call.q_hbm, b.q), (call.k_hbm, b.k), (call.v_hbm, b.v))
+    for hbm, vmem in inputs if call.options.causal else inputs[:1]:
+        target = vmem.at[parity, :, pl.ds(0, hbm.shape[1])]
+        do(pltpu.make_async_copy(hbm.at[pl.ds(item.window, bq)], target, b.in_sems.at[parity]))
 
 
 def _for_new_tokens(call, b, item, do):
@@ -717,21 +747,26 @@ def _for_rows(call, b, item, do):
     bq = b.bq
 
     def copy(start, count):
-        for lanes, o in _tiles_as(b.o, call.o_hbm):
-            rows = call.o_hbm.at[pl.ds(start, count), :, :, lanes]
-            do(pltpu.make_async_copy(o.at[pl.ds(start - item.window, count)], rows, b.out_sem))
+        rows = call.o_hbm.at[pl.ds(start, count)]
+        do(pltpu.make_async_copy(_output_of(call, b).at[pl.ds(start - item.window, count)], rows, b.out_sem))
 
     whole = jnp.logical_and(item.row_end - item.window == bq, item.skipped == 0)
     pl.when(whole)(lambda: copy(item.window, bq))
     pl.when(jnp.logical_not(whole))(lambda: pl.loop(item.row_start, item.row_end)(lambda row: copy(row, 1)))
 
 
+def _output_of(call, b):
+    return next(_tiles_as(b.o_words, call.o_hbm))[1] if call.in_words else b.o
+
+
 def _begin_item(call, b, item, parity):
     if call.options.causal:
-        _interleave(call, b.k.at[parity], b.v.at[parity], b.new)
-    _, num_words, heads_per_word, _ = call.q_hbm.shape
-    for word in range(num_words):
-        for head, rows in enumerate(_heads_of_word(b.q.at[parity], word), word * heads_per_word):
+        k, v = _word_tiles(b.k.at[parity], b.words), _word_tiles(b.v.at[parity], b.words, 1)
+        _interleave(call, k, v, b.bq, b.new)
+    words = _word_tiles(b.q.at[parity], b.words)
+    heads_per_word = 4 // b.q.dtype.itemsize
+    for word in range(pl.cdiv(call.num_q_heads, heads_per_word)):
+        for head, rows in enumerate(_heads_of_word(words, word, b.bq, b.q.dtype), word * heads_per_word):
             if head < call.num_q_heads:
                 b.sums.take(call, head, rows)
 
@@ -788,7 +823,7 @@ def _patch(call, b, item, block, slot):
 
 def _finish_item(call, b):
     """Numerators and sums to the output, whose words hold two heads if it is 16 bits wide."""
-    heads_per_word = call.o_hbm.shape[2]
+    heads_per_word = 4 // call.o_hbm.dtype.itemsize
     halves = []
     for head in range(call.num_q_heads):
         out = b.sums.output(call, head)
@@ -796,10 +831,16 @@ def _finish_item(call, b):
         halves.append(pltpu.bitcast(out.astype(call.o_hbm.dtype).astype(jnp.float32), jnp.uint32))
         if len(halves) == heads_per_word or head + 1 == call.num_q_heads:
             words = halves[0] if heads_per_word == 1 else _high_halves(halves[0], halves[-1])
-            rows = pl.ds(head // heads_per_word, b.bq, stride=b.o.shape[1] // b.bq)
-            for tile in range(b.o.shape[0]):
-                b.o.at[tile][rows, :] = words[:, tile * LANES : (tile + 1) * LANES]
+            rows = pl.ds(head // heads_per_word, b.bq, stride=b.o_words.shape[1] // b.bq)
+            for tile in range(b.o_words.shape[0]):
+                b.o_words.at[tile][rows, :] = words[:, tile * LANES : (tile + 1) * LANES]
             halves = []
+    if not call.in_words:
+
+        def give(token, words):
+            token[...] = pltpu.bitcast(words[...], token.dtype)
+
+        _move_words(b.o, b.o_words, give)
 
 
 def _prefill_block(call, b, slot, first_row, fetched):
@@ -1068,11 +1109,11 @@ def _lane_sums(x):
 
 def _zero_padding(call, b):
     """Rows past the last sequence are padding: zeros, so that the output is a function of the inputs."""
-    b.o[...] = jnp.zeros_like(b.o)
+    zeros = b.o_words if call.in_words else b.o
+    zeros[...] = jnp.zeros_like(zeros)
 
     def for_copies(row, do):
-        for lanes, o in _tiles_as(b.o, call.o_hbm):
-            do(pltpu.make_async_copy(o.at[pl.ds(0, 1)], call.o_hbm.at[pl.ds(row, 1), :, :, lanes], b.out_sem))
+        do(pltpu.make_async_copy(_output_of(call, b).at[pl.ds(0, 1)], call.o_hbm.at[pl.ds(row, 1)], b.out_sem))
 
     first, end = call.cu_q_lens[call.distribution[2]], call.num_tokens
     pl.loop(first, end)(lambda row: for_copies(row, _start))
@@ -1240,9 +1281,13 @@ def ragged_paged_attention(
     q = padded(queries.astype(compute_dtype))
     keys, values = padded(keys), padded(values)
     heads, tiles = q.shape[1], padded_dim // LANES
-    q_pack, out_pack = 4 // q.dtype.itemsize, 4 // out_dtype.itemsize
-    q = q.reshape(num_tokens, heads // q_pack, q_pack, padded_dim)  # as it lies in memory
-    out_rows = _odd(heads // out_pack)
+    q_words, out_words = (heads * dtype.itemsize // 4 for dtype in (q.dtype, out_dtype))
+    in_words = tiles == 1
+    if in_words:
+        q = q.reshape(num_tokens, q_words, -1, padded_dim)
+    q_token = (_odd(q_words), *q.shape[2:]) if in_words else q.shape[1:]
+    moved_words = 0 if in_words else max(_odd(q_words), 2 * _odd(keys.shape[1] * keys.dtype.itemsize // 4))
+    o_token = (out_words, heads // out_words, padded_dim) if in_words else (heads, padded_dim)
 
     own_bq = Q_BLOCK_TOKENS * (2 if _generation() >= 6 else 1)
     bq, bkv = (p_block_sizes or m_block_sizes or (own_bq, _block_tokens(KV_BLOCK_PAGES, page_size)))[:2]
@@ -1276,7 +1321,9 @@ def ragged_paged_attention(
                     pltpu.VMEM((DECODE_BUFFERS, decode_bkv, kv_rows, pack, padded_dim), kv_cache.dtype),
                     pltpu.VMEM((heads, padded_dim), q.dtype),
                     pltpu.VMEM((2, tiles, _odd(kv_rows), LANES), jnp.uint32),
-                    pltpu.VMEM((2, tiles, out_rows, LANES), jnp.uint32),
+                    pltpu.VMEM((2, 1, _odd(out_words), LANES), jnp.uint32)
+                    if in_words
+                    else pltpu.VMEM((2, 1, heads, padded_dim), out_dtype),
                     pltpu.VMEM((heads, LANES), jnp.float32),
                     pltpu.VMEM((heads, LANES), jnp.float32),
                     pltpu.VMEM((heads, padded_dim), jnp.float32),
@@ -1286,11 +1333,13 @@ def ragged_paged_attention(
                     pltpu.SemaphoreType.DMA((2,)),
                 ),
                 (
-                    pltpu.VMEM((2, bq, _odd(q.shape[1]), *q.shape[2:]), q.dtype),
-                    pltpu.VMEM((2, tiles, bq, keys.shape[1], LANES), kv_cache.dtype),
-                    pltpu.VMEM((2, tiles, bq, keys.shape[1], LANES), kv_cache.dtype),
+                    pltpu.VMEM((2, bq, *q_token), q.dtype),
+                    pltpu.VMEM((2, bq, *keys.shape[1:]), kv_cache.dtype),
+                    pltpu.VMEM((2, bq, *keys.shape[1:]), kv_cache.dtype),
                     pltpu.VMEM((tiles, bq * _odd(kv_rows), LANES), jnp.uint32),
-                    pltpu.VMEM((tiles, bq * out_rows, LANES), jnp.uint32),
+                    pltpu.VMEM((tiles, max(bq * moved_words, 8), LANES), jnp.uint32),
+                    pltpu.VMEM((tiles, bq * _odd(out_words), LANES), jnp.uint32),
+                    pltpu.VMEM((1, 1, LANES) if in_words else (bq, *o_token), out_dtype),
                     pltpu.VMEM((2, bkv, _odd(kv_rows), pack, padded_dim), kv_cache.dtype),
                     pltpu.SemaphoreType.DMA((2,)),
                     pltpu.SemaphoreType.DMA((2,)),
@@ -1301,7 +1350,7 @@ def ragged_paged_attention(
             ],
         ),
         out_shape=[
-            jax.ShapeDtypeStruct((num_tokens, heads // out_pack, out_pack, padded_dim), out_dtype),
+            jax.ShapeDtypeStruct((num_tokens, *o_token), out_dtype),
             jax.ShapeDtypeStruct(kv_cache.shape, kv_cache.dtype),
         ],
         input_output_aliases={7: 1},
