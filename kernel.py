@@ -200,11 +200,19 @@ def _move_words(tokens, words, do):
 
 
 def _low_halves(low, high):
-    return (low & jnp.uint32(0xFFFF)) | (high << 16)
+    """16-bit rows, in words: the low halves of `low` in the even ones, those of `high` in the others."""
+    return _in_turn(low, high << 16)
 
 
 def _high_halves(low, high):
-    return (low >> 16) | (high & jnp.uint32(0xFFFF0000))
+    return _in_turn(low >> 16, high)
+
+
+def _in_turn(even, odd):
+    """The low halves of the words of `even`, and the high halves of those of `odd`: one select of 16-bit rows."""
+    is_even = pltpu.bitcast(jnp.full(even.shape, 0x3F80, jnp.uint32), jnp.bfloat16) > jnp.bfloat16(0.5)
+    even, odd = (pltpu.bitcast(words, jnp.bfloat16) for words in (even, odd))
+    return pltpu.bitcast(jnp.where(is_even, even, odd), jnp.uint32)
 
 
 def _tiles_as(words, hbm):
