@@ -6,8 +6,8 @@ shared KV cache (``page_indices``). The kernel writes the new keys and values in
 causally to everything that the sequence has cached, or to a window of it.
 
 Two passes share one program. Decodes are a stream of KV blocks, fetched ahead across sequences, whose keys meet the
-queries in the order in which they lie in memory. Prefills go a block of
-queries at a time: the scores of one KV head are computed while those of the head before become weights.
+queries in the order in which they lie in memory. Prefills go a block of queries at a time, with two or three KV heads in
+work at once; scores lie in rows or stand in columns, as the chip's MXU is wide.
 """
 
 import dataclasses
@@ -317,17 +317,37 @@ def _for_tiles(hbm, vmem, sem, do):
         do(pltpu.make_async_copy(hbm.at[:, :, lanes], vmem.at[tile], sem))
 
 
-def _for_pages(call, seq, block, start, tokens, kv_vmem, sem, do):
-    """`do(copy)` for each page of a KV block that holds any of a sequence's tokens from `start` to before `tokens`."""
-    bkv, page_size = kv_vmem.shape[0], call.page_size
-    first = block * (bkv // page_size)
-    num_pages = pl.cdiv(tokens, page_size)
-    skipped = 0 if call.options.sliding_window is None else jnp.maximum(start // page_size - first, 0)
+def _start(copy):
+    copy.start()
 
-    @pl.loop(skipped, jnp.minimum(bkv // page_size, num_pages - first))
-    def _(page):
-        target = kv_vmem.at[pl.ds(page * page_size, page_size), pl.ds(0, call.cache_hbm.shape[2])]
-        do(pltpu.make_async_copy(call.cache_hbm.at[call.page_of(seq, first + page)], target, sem))
+
+def _wait(copy):
+    copy.wait()
+
+
+def _for_pages(call, seq, block, start, tokens, kv_vmem, sem, do):
+    """`do(copy)` for each page of a KV block that holds any of a sequence's tokens from `start` to before `tokens`.
+
+    All pages of a block are waited for at once, as if they came in one copy.
+    """
+    bkv, page_size = kv_vmem.shape[0], call.page_size
+    first, count = block * (bkv // page_size), bkv // page_size
+    pages = jnp.minimum(count, pl.cdiv(tokens, page_size) - first)
+    skipped = 0 if call.options.sliding_window is None else jnp.maximum(start // page_size - first, 0)
+    target = kv_vmem.at[:, pl.ds(0, call.cache_hbm.shape[2])]
+
+    def of_pages():
+        @pl.loop(skipped, pages)
+        def _(page):
+            slots = target.at[pl.ds(page * page_size, page_size)]
+            do(pltpu.make_async_copy(call.cache_hbm.at[call.page_of(seq, first + page)], slots, sem))
+
+    if do is not _wait:
+        of_pages()
+        return
+    whole = pages - skipped == count
+    pl.when(whole)(pltpu.make_async_copy(target, target, sem).wait)
+    pl.when(jnp.logical_not(whole))(of_pages)
 
 
 # --- decodes: sequences with one new token, a stream of KV blocks fetched ahead across sequences ----------------------
@@ -393,7 +413,7 @@ def _decode_pass(call, d):
 
         @pl.when(seq < total)
         def _():
-            for_copies(seq, block, slot, lambda copy: copy.start())
+            for_copies(seq, block, slot, _start)
 
         last = block + 1 >= pl.cdiv(call.kv_lens[existing(seq)], d.bkv)
         after = call.next_with(is_decode, jnp.where(last, jnp.minimum(seq + 1, total), seq))
@@ -414,14 +434,14 @@ def _decode_pass(call, d):
 
         @pl.when(count >= 2)
         def _():
-            for_results(before_that, parity, lambda copy: copy.wait())
+            for_results(before_that, parity, _wait)
 
         first, last = first_seen(seq) // d.bkv, pl.cdiv(call.kv_lens[seq], d.bkv) - 1
 
         def step(block, carry):
             slot, ahead = carry
             ahead = fetch_next(ahead)
-            for_copies(seq, block, slot, lambda copy: copy.wait())
+            for_copies(seq, block, slot, _wait)
             pl.when(block == first)(lambda: _begin_decode(call, d, slot, parity))
             seen = None if call.options.sliding_window is None else first_seen(seq) - block * d.bkv
             whole = block < last if seen is None else jnp.logical_and(block < last, seen <= 0)
@@ -445,7 +465,7 @@ def _decode_pass(call, d):
         out = _output(call, d.acc[...], jnp.sum(d.l[...], axis=1, keepdims=True)).astype(call.o_hbm.dtype)
         out = pltpu.bitcast(out, jnp.uint32) if call.in_words else out
         d.o[parity, 0, : out.shape[0]] = out
-        for_results(seq, parity, lambda copy: copy.start())
+        for_results(seq, parity, _start)
         return call.next_with(is_decode, seq + 1), slot, ahead, count + 1, seq, before
 
     _tell_heads_apart(call, d)
@@ -457,7 +477,7 @@ def _decode_pass(call, d):
     state = jax.lax.while_loop(lambda state: state[0] < total, attend_sequence, (first, zero, ahead, zero, zero, zero))
     _, _, _, count, before, before_that = state
     for back, seq in ((1, before), (2, before_that)):
-        pl.when(count >= back)(lambda: for_results(seq, jax.lax.rem(count - back, 2), lambda copy: copy.wait()))
+        pl.when(count >= back)(lambda: for_results(seq, jax.lax.rem(count - back, 2), _wait))
 
 
 def _begin_decode(call, d, slot, parity):
@@ -675,8 +695,8 @@ def _prefill_pass(call, b):
         following = _item(call, b, jnp.minimum(next_seq, call.kv_lens.shape[0] - 1), next_block)
         for_there = functools.partial(pl.when, next_seq < total)
 
-        _for_inputs(call, b, item, parity, lambda copy: copy.wait())
-        for_there()(lambda: _for_inputs(call, b, following, 1 - parity, lambda copy: copy.start()))
+        _for_inputs(call, b, item, parity, _wait)
+        for_there()(lambda: _for_inputs(call, b, following, 1 - parity, _start))
         _begin_item(call, b, item, parity)
 
         start = first_block(following) * b.kv.shape[1]
@@ -685,7 +705,7 @@ def _prefill_pass(call, b):
 
         def wait_for_new_tokens(condition):
             if call.options.causal:
-                pl.when(condition)(lambda: _for_new_tokens(call, b, item, lambda copy: copy.wait()))
+                pl.when(condition)(lambda: _for_new_tokens(call, b, item, _wait))
 
         def start_following(slot):
             wait_for_new_tokens(reads_new)
@@ -693,9 +713,9 @@ def _prefill_pass(call, b):
 
         slot = _attend_item(call, b, item, first_block(item), slot, start_following)
         wait_for_new_tokens(jnp.logical_not(reads_new))
-        pl.when(before[0] >= 0)(lambda: _for_rows(call, b, _item(call, b, *before), lambda copy: copy.wait()))
+        pl.when(before[0] >= 0)(lambda: _for_rows(call, b, _item(call, b, *before), _wait))
         _finish_item(call, b)
-        _for_rows(call, b, item, lambda copy: copy.start())
+        _for_rows(call, b, item, _start)
         return next_seq, next_block, slot, 1 - parity, (seq, q_block)
 
     for head in range(call.num_q_heads):
@@ -711,11 +731,7 @@ def _prefill_pass(call, b):
 
     none = jnp.int32(-1)
     *_, before = jax.lax.while_loop(lambda state: state[0] < total, attend, (first, zero, zero, zero, (none, zero)))
-    pl.when(before[0] >= 0)(lambda: _for_rows(call, b, _item(call, b, *before), lambda copy: copy.wait()))
-
-
-def _start(copy):
-    copy.start()
+    pl.when(before[0] >= 0)(lambda: _for_rows(call, b, _item(call, b, *before), _wait))
 
 
 def _for_inputs(call, b, item, parity, do):
@@ -797,7 +813,7 @@ def _attend_item(call, b, item, first, slot, start_following):
             _for_item_pages(call, b, item, block + 1, 1 - slot, _start)
 
         pl.when(block < last)(start_next)
-        _for_item_pages(call, b, item, block, slot, lambda copy: copy.wait())
+        _for_item_pages(call, b, item, block, slot, _wait)
         if call.options.causal:
             pl.when(block == first_new)(lambda: _for_new_tokens(call, b, item, _start))
         pl.when(block == last)(lambda: start_following(1 - slot))
@@ -1125,7 +1141,7 @@ def _zero_padding(call, b):
 
     first, end = call.cu_q_lens[call.distribution[2]], call.num_tokens
     pl.loop(first, end)(lambda row: for_copies(row, _start))
-    pl.loop(first, end)(lambda row: for_copies(row, lambda copy: copy.wait()))
+    pl.loop(first, end)(lambda row: for_copies(row, _wait))
 
 
 def _rpa_kernel(
