@@ -6,8 +6,8 @@ shared KV cache (``page_indices``). The kernel writes the new keys and values in
 causally to everything that the sequence has cached, or to a window of it.
 
 Two passes share one program. Decodes are a stream of KV blocks, fetched ahead across sequences, whose keys meet the
-queries in the order in which they lie in memory. Prefills go a block of queries at a time, with two or three KV heads in
-work at once; scores lie in rows or stand in columns, as the chip's MXU is wide.
+queries in the order in which they lie in memory. Prefills go a block of queries at a time, with two or three KV heads
+in work at once; scores lie in rows or stand in columns, as the chip's MXU is wide.
 """
 
 import dataclasses
