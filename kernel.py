@@ -28,9 +28,10 @@ PROBLEM_DESCRIPTION = (
 )
 
 # Tunables: module-level constants that a search may rewrite, each to one of the values listed.
-Q_BLOCK_TOKENS = 128  # new tokens of one sequence in a query block; twice as many from v6e on
+Q_BLOCK_TOKENS = 128  # new tokens of one sequence in a query block; twice as many from v6e on, if MAX_ROWS allows it
 KV_BLOCK_PAGES = 16  # pages of 32 tokens in one KV block of a prefill; as many tokens in pages of another size
 DECODE_BLOCK_PAGES = 16  # the same of a decode; twice as many on chips whose HBM is that fast
+MAX_ROWS = 1024  # queries of a KV head in a query block: VMEM has room for no more on every chip
 SOFTMAX_ROWS = 64  # rows of scores that become weights at a time
 TILE_COLUMNS = 256  # the same of columns, where scores stand on their side
 CHUNK_WORDS = 512  # 32-bit words of a KV block whose keys meet a decode's queries at a time
@@ -1313,7 +1314,9 @@ def ragged_paged_attention(
     moved_words = 0 if in_words else max(_odd(q_words), 2 * _odd(keys.shape[1] * keys.dtype.itemsize // 4))
     o_token = (out_words, heads // out_words, padded_dim) if in_words else (heads, padded_dim)
 
-    own_bq = Q_BLOCK_TOKENS * (2 if _generation() >= 6 else 1)
+    own_bq = Q_BLOCK_TOKENS
+    if _generation() >= 6 and 2 * own_bq * num_q_heads // num_kv_heads <= MAX_ROWS:
+        own_bq *= 2
     bq, bkv = (p_block_sizes or m_block_sizes or (own_bq, _block_tokens(KV_BLOCK_PAGES, page_size)))[:2]
     bq = min(bq, num_tokens)
     decode_pages = DECODE_BLOCK_PAGES * (2 if _generation() >= 7 else 1)
