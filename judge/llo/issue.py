@@ -80,6 +80,7 @@ _XLU_KINDS = ("reduce", "index_reduce", "permute", "transpose", "pattern")
 _DTYPE = re.compile(r"\.(bf16|f32|s8|u8|s4|u4|f8\w*|bf8|if8|e4m3\w*|e5m2)(\.|$)")
 _DTYPE_CLASS = {"bf16": "bf16", "f32": "f32", "s8": "int8", "u8": "int8", "s4": "int4", "u4": "int4"}
 _MRB = re.compile(r"\[(\d+)\]")
+_TRANSPOSED = re.compile(r"\bwidth=(\d+)")
 
 
 @cache
@@ -360,7 +361,7 @@ def _xlu_push(issue: Issue, slot: Slot, kind: str, unit: str, draft: _Draft) -> 
     elif slot.opcode.endswith(".end"):  # the results come after the last row
         queue = f"{unit}.trf"
         after, spacing = machine.latency(variant, unit), machine.cadence("transpose_pop")
-        draft.pushes.append((queue, after, issue.results_of(queue, _transposed(slot)), spacing))
+        draft.pushes.append((queue, after, issue.results_of(queue, _shape(slot, machine)[0]), spacing))
 
 
 def xlu_variant(opcode: str, kind: str) -> str:
@@ -381,10 +382,10 @@ def _xlu_pop(issue: Issue, slot: Slot, kind: str, unit: str, draft: _Draft) -> N
 
 def _matmul(issue: Issue, slot: Slot, kind: str, unit: str, draft: _Draft) -> None:
     machine, dtype = issue.machine, dtype_class(slot.opcode)
-    cadence, results = machine.cadence(f"matmul_{dtype}"), dtype
+    cadence = machine.cadence(f"matmul_{dtype}")
     draft.needs.append((f"{unit}.matmul", "MXU"))
     if ".lmr" in slot.opcode:  # takes half as many rows of a left-hand side that was pushed and latched
-        cadence, results = cadence // 2, f"{dtype}.lmr"
+        cadence //= 2
         draft.needs.append((f"{unit}.lmr", "MXU"))
     draft.holds.append((f"{unit}.matmul", cadence, "MXU"))
     if ".vlgmr" in slot.opcode:  # takes the weights that were pushed
@@ -392,7 +393,7 @@ def _matmul(issue: Issue, slot: Slot, kind: str, unit: str, draft: _Draft) -> No
     after, spacing = machine.latency(f"matmul_{dtype}"), machine.cadence(f"mxu_pop_{dtype}")
     buffer = _MRB.search(slot.rest)
     if buffer is None:
-        draft.pushes.append((unit, after, issue.results_of(unit, results), spacing))
+        draft.pushes.append((unit, after, issue.results_of(unit, _shape(slot, machine)[0]), spacing))
         return
     for i in range(machine.results_per_matmul(dtype)):
         draft.leaves.append((f"{unit}[{int(buffer[1]) + i}]", after + i * spacing, "MXU"))
@@ -456,16 +457,20 @@ def passed_over(bundle: Bundle) -> bool:
     return all(slot.opcode == "sbr.rel" and slot.rest.startswith("(") for slot in bundle.slots)
 
 
-_TRANSPOSED = re.compile(r"\bwidth=(\d+)")
+def _shape(slot: Slot, machine: Machine) -> tuple[str, int]:
+    """What tells one vmatmul's or transpose's number of results from another's: a name, and the number in proportion.
 
-
-def _transposed(slot: Slot) -> str:
-    """Rows that a transpose hands out: as many as its width, two a register where they are 16 bits wide."""
+    A transpose hands out as many rows as it is wide, two a register where they are 16 bits wide.
+    """
+    if not slot.opcode.startswith("vxpose"):
+        dtype = dtype_class(slot.opcode)
+        results = machine.results_per_matmul(dtype)
+        return (f"{dtype}.lmr", results // 2) if ".lmr" in slot.opcode else (dtype, results)
     width = _TRANSPOSED.search(slot.rest)
     if width is None:
         raise ParseError(f"a transpose of unknown width: {slot.opcode} {slot.rest}")
-    rows = int(width[1])
-    return str(rows // 2 if xlu_variant(slot.opcode, "transpose") == "transpose_b16" else rows)
+    rows = int(width[1]) // (2 if xlu_variant(slot.opcode, "transpose") == "transpose_b16" else 1)
+    return str(rows), rows
 
 
 def _results_of(dump: Dump, machine: Machine) -> dict[tuple[str, str], int]:
@@ -476,6 +481,13 @@ def _results_of(dump: Dump, machine: Machine) -> dict[tuple[str, str], int]:
     """
     pushes: Counter[tuple[str, str]] = Counter()
     pops: Counter[str] = Counter()
+    weights: dict[tuple[str, str], int] = {}
+
+    def push(queue: str, slot: Slot) -> None:
+        shape, weight = _shape(slot, machine)
+        pushes[queue, shape] += 1
+        weights[queue, shape] = weight
+
     for bundle in dump.bundles:
         for slot in bundle.slots:
             units = _UNIT.findall(slot.opcode)
@@ -483,20 +495,13 @@ def _results_of(dump: Dump, machine: Machine) -> dict[tuple[str, str], int]:
             if kind == "mxu_pop":
                 pops.update(units)
             elif kind == "matmul":
-                rows = ".lmr" if ".lmr" in slot.opcode else ""
-                pushes.update((unit, dtype_class(slot.opcode) + rows) for unit in units)
+                for unit in units:
+                    push(unit, slot)
             elif kind == "transpose_pop":
                 pops[f"{units[0]}.trf"] += 1
             elif kind == "transpose" and slot.opcode.endswith(".end"):
-                pushes[f"{units[0]}.trf", _transposed(slot)] += 1
+                push(f"{units[0]}.trf", slot)
 
-    def weight(shape: str) -> int:
-        if shape.isdigit():
-            return int(shape)
-        dtype, _, latched = shape.partition(".")
-        return machine.results_per_matmul(dtype) // (2 if latched else 1)
-
-    weights = {key: weight(key[1]) for key in pushes}
     pushed: Counter[str] = Counter()
     for key, count in pushes.items():
         pushed[key[0]] += count * weights[key]
