@@ -255,7 +255,7 @@ class _Call:
     q_hbm: Any  # [T, Hq / pack, pack, D], pack heads filling 32 bits, where they lie so: D = 128; else [T, Hq, D]
     k_hbm: Any  # [T, Hkv, D], Hkv even where two of them share a word
     v_hbm: Any  # [T, Hkv, D]
-    o_hbm: Any  # the same
+    o_hbm: Any  # as q_hbm
     cache_hbm: Any  # [P, page_size, 2 * Hkv / pack, pack, D]
     sink: Any  # f32[Hq, 128]: each head's sink as a score, the same in every lane; None: no sinks
     options: "_Options"
@@ -313,7 +313,7 @@ class _Call:
 
 
 def _for_tiles(hbm, vmem, sem, do):
-    """`do(copy)` of ``[n, H, D]`` to or from ``[D / 128, n, H, 128]``: strided loads take 128 lanes at a time."""
+    """`do(copy)` of ``[n, H, D]`` to ``[D / 128, n, H, 128]``: strided loads take 128 lanes at a time."""
     for tile, lanes in enumerate(_lane_tiles(hbm.shape[-1])):
         do(pltpu.make_async_copy(hbm.at[:, :, lanes], vmem.at[tile], sem))
 
@@ -356,14 +356,14 @@ def _for_pages(call, seq, block, start, tokens, kv_vmem, sem, do):
 
 @dataclasses.dataclass(frozen=True)
 class _Decode:
-    """Buffers of the decode pass."""
+    """Buffers of the decode pass; `odd`: see _odd."""
 
     q_ring: Any  # [buffers, 1, …, D] as in HBM: with the first KV block of its sequence
     k_ring: Any  # [buffers, D / 128, 1, Hkv, 128]: the new token's keys, the same
     v_ring: Any  # [buffers, D / 128, 1, Hkv, 128]
     kv_ring: Any  # [buffers, bkv, 2 * Hkv / pack, pack, D]
     q: Any  # [Hq, D]: the sequence in work
-    new: Any  # u32[2, D / 128, rows, 128]: the new token's keys and values on their way to the cache
+    new: Any  # u32[2, D / 128, odd, 128]: the new token's keys and values on their way to the cache
     o: Any  # on its way out: [2, 1, Hq, D], or u32[2, 1, odd, 128]
     m: Any  # f32[Hq, 128]: running maximum of the scores, the same in every lane
     l: Any  # f32[Hq, 128]: running sum of 2 ** (score - m), a row over its lanes
@@ -625,16 +625,16 @@ def _tell_heads_apart(call, d):
 
 @dataclasses.dataclass(frozen=True)
 class _Prefill:
-    """Buffers of the prefill pass."""
+    """Buffers of the prefill pass; `odd`: see _odd."""
 
     q: Any  # [2, bq, odd, pack, D] or [2, bq, Hq, D]: of the item in work and of the following one
     k: Any  # [2, bq, Hkv, D]: the same tokens' new keys
     v: Any  # [2, bq, Hkv, D]
-    new: Any  # u32[D / 128, bq * rows, 128]: the item's keys and values in the cache's layout
+    new: Any  # u32[D / 128, bq * odd, 128]: the item's keys and values in the cache's layout
     words: Any  # u32[D / 128, …, 128]: the item's queries, keys and values, see _word_tiles
     o_words: Any  # u32[D / 128, bq * odd, 128]: its output
     o: Any  # [bq, Hq, D]: what of that goes out, where it does not go in words
-    kv: Any  # [2, bkv, 2 * Hkv / pack, pack, D]
+    kv: Any  # [2, bkv, odd, pack, D]
     kv_sems: Any  # DMA[2], one per KV buffer
     in_sems: Any  # DMA[2]: queries, keys, values
     new_sem: Any  # DMA: cache update
@@ -736,11 +736,10 @@ def _prefill_pass(call, b):
 
 
 def _for_inputs(call, b, item, parity, do):
-    bq = b.bq
     inputs = ((call.q_hbm, b.q), (call.k_hbm, b.k), (call.v_hbm, b.v))
     for hbm, vmem in inputs if call.options.causal else inputs[:1]:
         target = vmem.at[parity, :, pl.ds(0, hbm.shape[1])]
-        do(pltpu.make_async_copy(hbm.at[pl.ds(item.window, bq)], target, b.in_sems.at[parity]))
+        do(pltpu.make_async_copy(hbm.at[pl.ds(item.window, b.bq)], target, b.in_sems.at[parity]))
 
 
 def _for_new_tokens(call, b, item, do):
@@ -781,6 +780,7 @@ def _for_rows(call, b, item, do):
 
 
 def _output_of(call, b):
+    """The item's output as it goes out: `bq` tokens in the layout of `o_hbm`."""
     return next(_tiles_as(b.o_words, call.o_hbm))[1] if call.in_words else b.o
 
 
@@ -908,6 +908,11 @@ def _visible(call, query, key, first_row, fetched):
     return visible
 
 
+def _of_head(call, bq, head):
+    """Where a query head's rows or columns are in what is kept by KV head."""
+    return head // call.group, pl.ds(head % call.group * bq, bq)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Rows:
     """Scores and sums of an item, a row of them for each query of a head: for MXUs that are 128 wide.
@@ -933,15 +938,11 @@ class _Rows:
         scores, weights = f32((rows, bkv)), pltpu.VMEM((rows, bkv), dtype)
         return pltpu.VMEM((num_kv_heads, rows, head_dim), dtype), *sums, scores, scores, weights, weights
 
-    def _of(self, call, head):
-        """Where a query head's rows are in what is kept by KV head."""
-        return head // call.group, pl.ds(head % call.group * self.bq, self.bq)
-
     def take(self, call, head, rows):
-        self.q[self._of(call, head)] = rows
+        self.q[_of_head(call, self.bq, head)] = rows
 
     def reset(self, call, head):
-        at = self._of(call, head)
+        at = _of_head(call, self.bq, head)
         if call.sink is None:
             self.m[at] = jnp.full_like(self.m[at], call.options.mask_value)
             self.l[at] = jnp.zeros_like(self.l[at])
@@ -951,7 +952,7 @@ class _Rows:
         self.acc[at] = jnp.zeros_like(self.acc[at])
 
     def output(self, call, head):
-        at = self._of(call, head)
+        at = _of_head(call, self.bq, head)
         return _output(call, self.acc[at], jnp.sum(self.l[at], axis=1, keepdims=True))
 
     def add(self, call, keys, values, width, masked):
@@ -974,7 +975,7 @@ class _Rows:
         for row in range(0, num_rows, SOFTMAX_ROWS):
             rows = pl.ds(row, min(SOFTMAX_ROWS, num_rows - row))
             s = call.scores(scores[rows, :width])
-            if masked:
+            if masked is not None:
                 query = jax.lax.rem(row + jax.lax.broadcasted_iota(jnp.int32, s.shape, 0), self.bq)
                 key = jax.lax.broadcasted_iota(jnp.int32, s.shape, 1)
                 s = jnp.where(_visible(call, query, key, *masked), s, call.options.mask_value)
@@ -1001,12 +1002,12 @@ class _Columns:
     bq: int
     q: Any  # [Hkv, columns, D or 2 * D]: the item's queries by KV head, scaled and as a sum of two where 2 * D
     m: Any  # f32[Hkv, 1, columns]: running maximum of the scores
-    acc: Any  # f32[Hkv, D + 8, columns]: running numerator, and eight times the running sum of 2 ** (score - m)
+    acc: Any  # f32[Hkv, D + 8, columns]: running numerator; in each of 8 more rows, the sum of 2 ** (score - m)
     s: Any  # f32[bkv, columns]: scores of a head
     top: Any  # f32[1, columns]: maximum of what was seen and them
     p: Any  # [bkv, columns]: weights of the head before
     alpha: Any  # f32[1, columns]: factor of its numerator
-    bias: Any  # f32[bkv, …]: what leaves an invisible key no weight; columns repeat it
+    bias: Any  # f32[bkv, …]: what leaves an invisible key no weight; for some columns, which the others repeat
     out: Any  # f32[2, columns, D]: the output of two KV heads
 
     @staticmethod
@@ -1027,7 +1028,7 @@ class _Columns:
         return self.q.shape[2] == 2 * self.out.shape[2]
 
     def take(self, call, head, rows):
-        at = head // call.group, pl.ds(head % call.group * self.bq, self.bq)
+        at = _of_head(call, self.bq, head)
         if not self._splits:
             self.q[at] = rows
             return
