@@ -191,14 +191,16 @@ def test_another_problem_is_not_compared(tmp_path):
     assert subject.source.definitions == check_source(text.encode(), "kernel.py").definitions
 
 
-def test_explaining_experiments(project):
+def test_explaining_experiments(project, tmp_path_factory):
     none = project.prepare("--explain", "--json")
     assert none.code == 2
     assert "run ./ratchet.sh first" in none.err
     assert project.ratchet("as it is").code == 0
-    alone = project.prepare("--explain")
+    kept = tmp_path_factory.mktemp("kept")
+    alone = project.prepare("--explain", "--keep", str(kept))
     assert alone.code == 0, alone.out + alone.err
     assert "nothing to compare with" in alone.out
+    assert list(kept.glob("compile/default/*-final_bundles.txt"))
     project.edit("BLOCK = 32", "BLOCK = 64")
     project.ratchet("larger blocks")
     state = project.state()
