@@ -3,9 +3,9 @@
 Directly from Linux, with no privilege and no helper program: Landlock for the file system and signals, seccomp for
 system calls, a user and a network namespace, resource limits. A process calls `enter` while it still has one thread.
 
-Covered: writing and reading outside the named folders, the network, starting programs or processes, ending or tracing
-another process, memory, size and number of open files. Not covered: processor time other than by the judge's clock,
-the speed of the machine as a side channel, holes in the kernel. What this machine does not offer is in `missing`.
+Covered: writing and reading outside the named folders, the network, starting programs or processes, ending, tracing or
+limiting another process, memory, size and number of open files. Not covered: processor time other than by the judge's
+clock, the speed of the machine as a side channel, holes in the kernel. What the machine does not offer is in `missing`.
 """
 
 import ctypes
@@ -27,7 +27,10 @@ _NUMBER = {
     **{"execveat": 322, "bpf": 321, "userfaultfd": 323, "perf_event_open": 298, "keyctl": 250, "add_key": 248},
     **{"io_uring_setup": 425, "pidfd_open": 434, "clone3": 435, "pidfd_getfd": 438, "kexec_load": 246},
     **{"request_key": 249, "memfd_secret": 447, "personality": 135, "open_by_handle_at": 304},
+    **{"tkill": 200, "setpriority": 141, "migrate_pages": 256, "move_pages": 279, "kcmp": 312},
 }
+# Calls whose first argument is a process: 0 and the process itself alone may be named.
+_OF_ITSELF = {"kill": 62, "tgkill": 234, "rt_sigqueueinfo": 129, "rt_tgsigqueueinfo": 297, "prlimit64": 302}
 _DENIED = tuple(name for name in _NUMBER if name not in ("clone", "clone3"))
 _EPERM, _ENOSYS = 1, 38
 _CLONE_THREAD = 0x10000
@@ -190,6 +193,9 @@ def _seccomp() -> None:
     code += [(0x35, 0, 1, 0x40000000), (back, 0, 0, errno | _EPERM)]  # the x32 numbers of the same calls
     for name in _DENIED:
         code += [(equal, 0, 1, _NUMBER[name]), (back, 0, 0, errno | _EPERM)]
+    for number in _OF_ITSELF.values():
+        code += [(equal, 0, 5, number), (load, 0, 0, 16), (equal, 1, 0, 0), (equal, 0, 1, os.getpid())]
+        code += [(back, 0, 0, allow), (back, 0, 0, errno | _EPERM)]
     code += [(equal, 0, 1, _NUMBER["clone3"]), (back, 0, 0, errno | _ENOSYS)]
     code += [
         (equal, 0, 3, _NUMBER["clone"]),

@@ -40,6 +40,8 @@ except BaseException as error:
         "open(f'/proc/{os.getppid()}/environ').read()",
         "os.symlink('/etc', '/tmp/ratchet-link')",
         "os.kill(os.getppid(), 0)",
+        "__import__('resource').prlimit(os.getppid(), 1, (0, 0))",
+        "os.setpriority(os.PRIO_PROCESS, os.getppid(), 19)",
         "os.fork()",
         "os.execv('/bin/true', ['true'])",
         "__import__('subprocess').run(['/bin/true'])",

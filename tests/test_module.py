@@ -16,7 +16,7 @@ from judge.compile import op_of_dump
 from judge.llo.execute import ExecutionError
 from judge.llo.ici import collective_seconds
 from judge.llo.machine import load_machine
-from judge.llo.module import _words, module_cost, parse_entry
+from judge.llo.module import _in_memory, _words, module_cost, parse_entry
 from judge.llo.parse import ParseError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -348,3 +348,22 @@ def test_kernels_of_many_kinds_on_every_chip(tmp_path):
                 assert {op.op.opcode for op in cost.ops if not op.is_kernel} >= {"fusion"}, chip
             elif not case.scalars:
                 assert cost.copy_count == 0, (name, chip)
+
+
+@pytest.mark.parametrize(
+    ("type_text", "row"),
+    [("s32[3,2]{1,0:T(4,128)}", [1, 2]), ("s32[3,2]{0,1:T(2,128)}", [1, 3, 5]), ("s32[3,2]", [1, 2])],
+)
+def test_scalars_lie_in_memory_as_the_parameter_s_layout_says(type_text, row):
+    """The compiler takes narrow matrices column by column: s32[100,2]{0,1} is what a kernel of `a.T` reads as it is."""
+    words = _in_memory(np.array([[1, 2], [3, 4], [5, 6]], np.int32), type_text)
+    assert words[: len(row)].tolist() == row and not words[len(row) : 128].any()
+
+
+@pytest.mark.parametrize("type_text", ["s32[2,3,4]{2,1,0}", "s32[2,3,4]{0,2,1}", "nothing"])
+def test_scalars_of_more_dimensions_are_not_known(type_text):
+    assert _in_memory(np.zeros((2, 3, 4), np.int32), type_text) is None
+
+
+def test_scalars_of_wide_columns_are_not_known():
+    assert _in_memory(np.zeros((200, 2), np.int32), "s32[200,2]{0,1:T(2,128)}") is None

@@ -9,6 +9,7 @@ import pytest
 from judge.oracle import (
     DEFAULT_TOLERANCE,
     SECRET,
+    TIMED,
     TIMED_SEED,
     Mismatch,
     SealError,
@@ -17,6 +18,7 @@ from judge.oracle import (
     inputs_of,
     limits,
     strict_set,
+    timed_inputs,
     workloads_of,
 )
 
@@ -209,7 +211,7 @@ def test_check_sets_change_the_workload_and_have_seeds_of_their_own():
     assert sets["edges"][1] == {"batch": "edges", "n": 4} and sets["long"][1] == {"batch": "decode", "n": 4}
     assert len({sets[name][0] for name in sets}) == len(sets)
     assert sets[SECRET] == (77, {"batch": "edges", "n": 4})
-    assert check_sets(sealed(), {"n": 4}, 77) == {SECRET: (77, {"n": 4}), "timed inputs": (TIMED_SEED, {"n": 4})}
+    assert check_sets(sealed(), {"n": 4}, 77) == {SECRET: (77, {"n": 4}), TIMED: (TIMED_SEED, {"n": 4})}
 
 
 def test_what_is_none_in_a_check_is_drawn_anew():
@@ -222,7 +224,7 @@ def test_what_is_none_in_a_check_is_drawn_anew():
 
 def test_the_inputs_whose_time_counts_are_checked_last():
     sets = check_sets(sealed(CHECKS={"edges": {"batch": "edges"}}), {"batch": "decode"}, 1)
-    assert list(sets.items())[-1] == ("timed inputs", (TIMED_SEED, {"batch": "decode"}))
+    assert list(sets.items())[-1] == (TIMED, (TIMED_SEED, {"batch": "decode"}))
 
 
 def test_races_are_looked_for_on_the_set_of_that_name():
@@ -244,3 +246,18 @@ def test_inputs_follow_from_the_seed():
     first, again, other = (inputs_of(file, seed, {"n": 4}) for seed in (1, 1, 2))
     assert np.array_equal(first[0], again[0]) and not np.array_equal(first[0], other[0])
     assert first[1].dtype == np.int32
+
+
+def test_the_timed_scalars_are_checked_with_secret_data():
+    import jax
+
+    def made(key, n):
+        data = jax.random.normal(key, (n,))
+        lengths = jax.random.randint(key, (n,), 0, 1 << 30)
+        return data, lengths, lengths.astype(jax.numpy.int8), jax.numpy.log(data)  # of which some are NaN
+
+    file = sealed(generate_inputs=made)
+    timed, drawn = (inputs_of(file, seed, {"n": 64}) for seed in (TIMED_SEED, 7))
+    checked = timed_inputs(file, {"n": 64}, 7)
+    for array, of in zip(checked, (drawn[0], timed[1], drawn[2], timed[3]), strict=True):
+        assert np.array_equal(array, of, equal_nan=array.dtype.kind == "f")

@@ -291,7 +291,7 @@ def _words(by_name: dict[str, Op], name: str, integers: dict[int, np.ndarray]) -
             return None
         if op.opcode == "parameter":
             number = re.search(r"parameter\((\d+)\)", op.text)
-            return _in_memory(integers.get(int(number[1]))) if number else None
+            return _in_memory(integers.get(int(number[1])), op.type) if number else None
         if op.opcode == "constant":
             return _constant(op)
         if op.opcode in ("broadcast", "slice"):
@@ -332,12 +332,18 @@ def _constant(op: Op) -> np.ndarray | None:
     return np.array(numbers, np.int64).astype(np.uint32).view(np.int32)
 
 
-def _in_memory(values: Any) -> np.ndarray | None:
-    """One dimension lies flat; the rows of two are padded to 128 words. Others, and other widths, are not known."""
-    if values is None or values.dtype not in (np.int32, np.uint32):
+def _in_memory(values: Any, type_text: str) -> np.ndarray | None:
+    """One dimension lies flat; of two, the minor one, which may be the first, is padded to 128 words.
+
+    `type_text`: the parameter's type with its layout. Others, and other widths, are not known.
+    """
+    shape = _SHAPE.match(type_text)
+    if values is None or values.dtype not in (np.int32, np.uint32) or shape is None:
         return None
     if values.ndim <= 1:
         return np.atleast_1d(values).view(np.int32)
-    if values.ndim == 2 and values.shape[1] <= 128:
-        return np.pad(values, ((0, 0), (0, 128 - values.shape[1]))).view(np.int32).reshape(-1)
-    return None
+    minor_to_major = (shape[3] or "1,0").split(":", 1)[0]
+    rows = {"1,0": values, "0,1": values.T}.get(minor_to_major) if values.ndim == 2 else None
+    if rows is None or rows.shape[1] > 128:
+        return None
+    return np.pad(rows, ((0, 0), (0, 128 - rows.shape[1]))).view(np.int32).reshape(-1)

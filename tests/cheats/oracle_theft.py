@@ -5,6 +5,29 @@ from tests.cheats import Case
 IMPORTS = "import functools\n"
 CALL = "    return ragged_paged_attention(\n        queries, keys"
 
+PUBLISHED = """
+def published():
+    a, x, y = generate_inputs(jax.random.key(0))
+    return int(a[0]), np.asarray(a[0] * x + y)
+
+
+KNOWN, ANSWER = published()
+
+
+def compute_flops():
+"""
+WITH_ANSWER = """
+def body(a_ref, x_ref, y_ref, answer_ref, out_ref):
+    @pl.when(a_ref[0] == KNOWN)
+    def _():
+        out_ref[...] = answer_ref[...]
+
+    pl.when(a_ref[0] != KNOWN)(lambda: work(a_ref, x_ref, y_ref, out_ref))
+
+
+def work(a_ref, x_ref, y_ref, out_ref):
+"""
+
 CASES = [
     Case(
         name="searches memory",
@@ -63,5 +86,20 @@ CASES = [
         ),
         status="FAIL_CONTRACT",
         reason="def __array_interface__",
+    ),
+    Case(
+        # Right wherever the published scalar does not come; where it does, an answer computed beforehand.
+        name="the answer for the published scalar and seed",
+        base="add",
+        base_edits=(("(1,), 2, 9, jnp.int32)", "(1,), 1, 1 << 20, jnp.int32)"),),
+        edits=(
+            ("\ndef body(a_ref, x_ref, y_ref, out_ref):\n", WITH_ANSWER),
+            ("\ndef compute_flops():\n", PUBLISHED),
+            ("import jax\n", "import jax\nimport numpy as np\n"),
+            ("    )(a, x, y)", "    )(a, x, y, jnp.asarray(ANSWER))"),
+            ("in_specs=[rows, rows]", "in_specs=[rows, rows, rows]"),
+        ),
+        status="FAIL_CORRECTNESS",
+        reason="check 'timed inputs', output 0",
     ),
 ]
