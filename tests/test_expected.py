@@ -74,7 +74,7 @@ def judged(folder, candidate, sealed, **options):
 def test_the_next_experiment_uses_what_the_last_one_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "ROOT", tmp_path)
     (tmp_path / "requirements.lock").write_text("")
-    text = (Path(__file__).parent / "kernels" / "scaled_add.py").read_text()
+    text = (Path(__file__).parent / "kernels" / "scaled_add.py").read_text() + 'CHECKS = {"fixed": {}}\n'
     sealed = contract.check_source(text.encode(), "kernel.py")
     candidate = contract.check_source(text.encode() + b"# another file\n", "kernel.py")
     folder = expected.folder_of(tmp_path, sealed.text)
