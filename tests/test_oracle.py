@@ -9,7 +9,6 @@ import pytest
 from judge.oracle import (
     DEFAULT_TOLERANCE,
     SECRET,
-    TIMED,
     TIMED_SEED,
     Mismatch,
     SealError,
@@ -211,7 +210,7 @@ def test_check_sets_change_the_workload_and_have_seeds_of_their_own():
     assert sets["edges"][1] == {"batch": "edges", "n": 4} and sets["long"][1] == {"batch": "decode", "n": 4}
     assert len({sets[name][0] for name in sets}) == len(sets)
     assert sets[SECRET] == (77, {"batch": "edges", "n": 4})
-    assert check_sets(sealed(), {"n": 4}, 77) == {SECRET: (77, {"n": 4}), TIMED: (TIMED_SEED, {"n": 4})}
+    assert check_sets(sealed(), {"n": 4}, 77) == {SECRET: (77, {"n": 4}), "timed inputs": (TIMED_SEED, {"n": 4})}
 
 
 def test_what_is_none_in_a_check_is_drawn_anew():
@@ -224,7 +223,7 @@ def test_what_is_none_in_a_check_is_drawn_anew():
 
 def test_the_inputs_whose_time_counts_are_checked_last():
     sets = check_sets(sealed(CHECKS={"edges": {"batch": "edges"}}), {"batch": "decode"}, 1)
-    assert list(sets.items())[-1] == (TIMED, (TIMED_SEED, {"batch": "decode"}))
+    assert list(sets.items())[-1] == ("timed inputs", (TIMED_SEED, {"batch": "decode"}))
 
 
 def test_races_are_looked_for_on_the_set_of_that_name():
