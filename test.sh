@@ -4,7 +4,7 @@ set -euo pipefail
 
 usage() {
   cat <<'HELP'
-Usage: ./test.sh              lint, check types, run all tests; stop at the first that fails
+Usage: ./test.sh              lint, check types, run all tests on every core; stop at the first step that fails
        ./test.sh ARGUMENT...  only pytest, with these arguments: no lint, no type check
        ./test.sh --help       this text
 
@@ -48,5 +48,6 @@ if (($# == 0)); then
   check ruff ruff check
   check 'ruff format' ruff format --check
   check mypy mypy
+  set -- -n auto --maxprocesses 4 --dist worksteal # a process a core, while memory allows it
 fi
 exec "$python" -m pytest "$@"

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -45,11 +44,15 @@ class Boxes:
         self._is_live[number] = False
         self.live -= 1
 
-    def overlapping(self, low: Sequence[int], high: Sequence[int]) -> Any:
-        """Where the copy was started that touches this region, or None."""
+    def overlapping(self, low: Sequence[int], high: Sequence[int]) -> int | None:
+        """The number of a region that overlaps this one, or None."""
         n = self._count
         hit = ((self._low[:n] < high) & (self._high[:n] > low)).all(axis=1) & self._is_live[:n]
-        return self._places[int(hit.argmax())] if hit.any() else None
+        return int(hit.argmax()) if hit.any() else None
+
+    def place(self, number: int) -> Any:
+        """Where the copy was started that touches the region."""
+        return self._places[number]
 
 
 class Buffer:
@@ -69,14 +72,14 @@ class Buffer:
 
     def touch(self, low: Sequence[int], high: Sequence[int], place: Any, *, writes: bool) -> None:
         """Raises Broken where a copy under way touches the same memory."""
-        other = self.brought.overlapping(low, high) if self.brought.live else None
-        if other is None and writes and self.taken.live:
-            other = self.taken.overlapping(low, high)
-        if other is not None:
-            what = "writes" if writes else "reads"
-            box = ", ".join(f"{a}:{b}" for a, b in zip(low, high, strict=True))
-            told = f"{what} {self.space}{list(self.shape)}[{box}]"
-            raise Broken(f"{place_of(place)} {told}, which the copy of {place_of(other)}, not waited for, touches")
+        for boxes in (self.brought, self.taken) if writes else (self.brought,):
+            other = boxes.overlapping(low, high) if boxes.live else None
+            if other is not None:
+                what = "writes" if writes else "reads"
+                box = ", ".join(f"{a}:{b}" for a, b in zip(low, high, strict=True))
+                told = f"{what} {self.space}{list(self.shape)}[{box}]"
+                by = place_of(boxes.place(other))
+                raise Broken(f"{place_of(place)} {told}, which the copy of {by}, not waited for, touches")
 
     def at(self, low: Sequence[int]) -> int:
         return sum(a * b for a, b in zip(low, self.steps, strict=True))
@@ -92,14 +95,58 @@ class Found(NamedTuple):
     size_bytes: int  # of what is seen, which is what a wait counts
 
 
-class Copies:
-    """Copies under way, by semaphore, in the order of their start."""
+class UnderWay(NamedTuple):
+    """A copy that may not be over, and by which numbers its regions are removed."""
+
+    size_bytes: int
+    taken: Buffer
+    taken_number: int
+    brought: Buffer
+    brought_number: int
+    place: Any
+
+
+class Semaphore:
+    """Copies under way on one semaphore. They may end in any order: a wait says how many bytes have come, not which."""
 
     def __init__(self) -> None:
-        self._waiting: dict[tuple[int, int], deque[tuple[int, Buffer, int, Buffer, int, Any]]] = {}
-        self._credit: dict[tuple[int, int], int] = {}
+        self.owed_bytes = 0  # started and not waited for
+        self._copies: list[UnderWay] = []
+        self._largest_bytes = 0
+        self.last: Any = None  # where the last copy was started
 
-    def start(self, source: "Found", target: "Found", flag: tuple[int, int], place: Any) -> None:
+    def add(self, copy: UnderWay) -> None:
+        self._copies.append(copy)
+        self._largest_bytes = max(self._largest_bytes, copy.size_bytes)
+        self.owed_bytes += copy.size_bytes
+        self.last = copy.place
+
+    def wait(self, size_bytes: int) -> None:
+        """Ends the copies that are surely over: those larger than all that is still owed, or all with nothing owed."""
+        self.owed_bytes -= size_bytes
+        if not self._is_over(self._largest_bytes):
+            return
+        left = []
+        for copy in self._copies:
+            if self._is_over(copy.size_bytes):
+                copy.taken.taken.remove(copy.taken_number)
+                copy.brought.brought.remove(copy.brought_number)
+            else:
+                left.append(copy)
+        self._copies = left
+        self._largest_bytes = max((copy.size_bytes for copy in left), default=0)
+
+    def _is_over(self, size_bytes: int) -> bool:
+        return self.owed_bytes <= 0 or size_bytes > self.owed_bytes
+
+
+class Copies:
+    """Copies under way, by semaphore."""
+
+    def __init__(self) -> None:
+        self._semaphores: dict[tuple[int, int], Semaphore] = {}
+
+    def start(self, source: Found, target: Found, flag: tuple[int, int], place: Any) -> None:
         """Raises Broken where another copy under way touches the same memory."""
         (taken, low, high, known, _), (brought, to_low, to_high, to_known, size_bytes) = source, target
         taken.touch(low, high, place, writes=False)
@@ -107,25 +154,20 @@ class Copies:
         if brought.values is not None:
             _copy_values(taken, low, high, brought, to_low, to_high, known and to_known)
         numbers = taken.taken.add(low, high, place), brought.brought.add(to_low, to_high, place)
-        self._waiting.setdefault(flag, deque()).append((size_bytes, taken, numbers[0], brought, numbers[1], place))
+        copy = UnderWay(size_bytes, taken, numbers[0], brought, numbers[1], place)
+        self._semaphores.setdefault(flag, Semaphore()).add(copy)
 
-    def wait(self, flag: tuple[int, int], size: int, place: Any) -> None:
-        """Ends the oldest copies on the semaphore that so many bytes stand for."""
-        waiting = self._waiting.get(flag, deque())
-        credit = self._credit.get(flag, 0) + size
-        while waiting and credit >= waiting[0][0]:
-            done, taken, taken_number, brought, brought_number, _ = waiting.popleft()
-            credit -= done
-            taken.taken.remove(taken_number)
-            brought.brought.remove(brought_number)
-        if credit and not waiting:
+    def wait(self, flag: tuple[int, int], size_bytes: int, place: Any) -> None:
+        """Raises Broken where more bytes are waited for than were started."""
+        semaphore = self._semaphores.setdefault(flag, Semaphore())
+        semaphore.wait(size_bytes)
+        if semaphore.owed_bytes < 0:
             raise Broken(f"{place_of(place)} waits for a copy that was not started")
-        self._credit[flag] = credit
 
     def check_end(self) -> None:
-        for waiting in self._waiting.values():
-            if waiting:
-                raise Broken(f"nobody waits for the copy of {place_of(waiting[0][-1])}")
+        for semaphore in self._semaphores.values():
+            if semaphore.owed_bytes:
+                raise Broken(f"nobody waits for the copy of {place_of(semaphore.last)}")
 
 
 def _copy_values(

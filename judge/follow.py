@@ -6,9 +6,9 @@ in full, vectors not at all. An error is: an access while a copy that touches th
 an index out of bounds (the CPU clamps it, the chip reads what lies there), a block of an output visited again later
 than at once, a copy that nobody waits for.
 
-A copy is over when as many bytes have been waited for on its semaphore as were started there up to it. Not covered:
-what depends on values that come from vectors; a program that steers by one is `Unfollowable`, and so is any primitive
-that takes a reference and is not known here.
+Copies on one semaphore end in any order, so one is over when fewer bytes than its own are still to be waited for there.
+Not covered: what depends on values that come from vectors; a program that steers by one is `Unfollowable`, and so is
+any primitive that takes a reference and is not known here.
 """
 
 import itertools
@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from judge import jax_shims
 from judge.copies import Broken, Buffer, Copies, Found
 from judge.races import place_of
 from judge.regions import Region
@@ -71,8 +72,6 @@ def follow(program: Any, integers: dict[int, np.ndarray]) -> None:
 def _follow_outside(jaxpr: Any, consts: Sequence[Any], arguments: Sequence[np.ndarray | None]) -> list[Any]:
     """What is around the kernels: integer arrays that follow from the inputs are computed, all else is unknown."""
     from jax._src import core
-
-    from judge import jax_shims
 
     known: dict[Any, Any] = dict(zip(jaxpr.invars, arguments, strict=True))
     known |= zip(jaxpr.constvars, map(np.asarray, consts), strict=True)
@@ -385,75 +384,98 @@ class _Kernel:
     def _buffers(self) -> list[Buffer]:
         """A kernel's references; an output that is an input's memory, and not copied by blocks, is the same one."""
         avals, operands = [var.aval for var in self.params["jaxpr"].invars], self.operands
-        given = len(operands)
         buffers = [
-            Buffer(aval, operands[i] if i < given and _has_values(aval, operands[i]) else None)
+            Buffer(aval, operands[i] if i < len(operands) and _has_values(aval, operands[i]) else None)
             for i, aval in enumerate(avals)
         ]
-        for source, target in self.params["input_output_aliases"]:
-            if _is_whole(buffers[source]) and _is_whole(buffers[given + target]):
-                buffers[given + target] = buffers[source]
+        for source, target in jax_shims.shared_memories(self.params):
+            buffers[target] = buffers[source]
         return buffers
 
     def _blocks(self, buffers: list[Buffer]) -> list["_Block"]:
+        """The operands that come or go by blocks; outputs first, since a block that is left may overtake a fetch."""
         first, mapping = self.mapping.num_index_operands, self.mapping
-        indices = buffers[:first]
-        arrays = [*self.operands[first:], *[None] * mapping.num_outputs]
-        return [
-            _Block(self, block, indices, buffers[first + i], arrays[i], is_output=i >= mapping.num_inputs)
+        moving = {
+            first + i: _Block(self, block, buffers, first + i, is_output=i >= mapping.num_inputs)
             for i, block in enumerate(mapping.block_mappings)
-            if not _is_whole(buffers[first + i])
-        ]
+            if not jax_shims.is_whole(self.params["jaxpr"].invars[first + i].aval)
+        }
+        for source, target in self.params["input_output_aliases"]:
+            target += first + mapping.num_inputs
+            if target in moving:
+                memory = Buffer(moving[target].array) if source in moving else buffers[source]
+                for number in {source, target} & moving.keys():
+                    moving[number].memory = memory
+            elif source in moving:
+                raise Unfollowable("an operand that comes by blocks from where the kernel itself puts an output")
+        return sorted(moving.values(), key=lambda block: not block.is_output)
 
 
 class _Block:
     """An operand that comes or goes block by block."""
 
-    def __init__(
-        self, kernel: _Kernel, block: Any, indices: list[Buffer], buffer: Buffer, array: Any, *, is_output: bool
-    ) -> None:
+    def __init__(self, kernel: _Kernel, block: Any, buffers: list[Buffer], number: int, *, is_output: bool) -> None:
+        self.array = block.array_aval
+        self.memory: Buffer | None = None  # of an input and an output
         self._map = kernel.routine(block.index_map_jaxpr.jaxpr, block.index_map_jaxpr.consts)
-        self._block, self._buffer, self._array = block, buffer, array
-        self._indices, self._is_output = indices, is_output
+        self._block, self._buffer, self.is_output = block, buffers[number], is_output
+        self._indices = buffers[: kernel.mapping.num_index_operands]
+        self._values = None if is_output else kernel.operands[number]
         self._visited: set[tuple[Any, ...]] = set()
         self._last: tuple[Any, ...] | None = None
+        self._box: tuple[list[int], list[int]] | None = None
 
     def move(self, ids: Sequence[int]) -> None:
-        """To the block of a step. Raises Broken where it lies outside, or is an output's that was left before."""
+        """To the block of a step. Raises Broken where it lies outside, is an output's that was left before, or comes
+        from where an output's was left."""
         at = tuple(self._map([*ids, *self._indices]))
         if at == self._last:
             return
         self._last = at
-        if self._is_output and None not in at:
+        if self.is_output and None not in at:
             if at in self._visited:
                 raise Broken(f"block {at} of {self._block.origin} is visited again, but what it held is not fetched")
             self._visited.add(at)
         starts = []
-        for index, dimension, size in zip(at, self._block.block_shape, self._block.array_aval.shape, strict=False):
+        for index, dimension, size in zip(at, self._block.block_shape, self.array.shape, strict=False):
             blocked = type(dimension).__name__ == "Blocked"
             starts.append(None if index is None else index * (dimension.block_size if blocked else 1))
             if starts[-1] is not None and type(dimension).__name__ != "Element" and not 0 <= starts[-1] < max(size, 1):
-                raise Broken(f"block {at} of {self._block.origin} lies outside {list(self._block.array_aval.shape)}")
+                raise Broken(f"block {at} of {self._block.origin} lies outside {list(self.array.shape)}")
+        self._share(at, starts)
         self._fill(starts)
+
+    def _share(self, at: tuple[Any, ...], starts: list[int | None]) -> None:
+        """In memory that is an input and an output, what an output's block leaves there must not be fetched."""
+        if self.memory is None:
+            return
+        low = [start or 0 for start in starts]
+        high = [
+            size if start is None else start + getattr(dimension, "block_size", 1)
+            for start, dimension, size in zip(starts, self._block.block_shape, self.array.shape, strict=True)
+        ]
+        if not self.is_output and self.memory.brought.overlapping(low, high) is not None:
+            raise Broken(
+                f"block {at} of {self._block.origin} is fetched from where a block of the output was put before"
+            )
+        if self.is_output and self._box is not None:
+            self.memory.brought.add(*self._box, None)
+        self._box = low, high
 
     def _fill(self, starts: list[int | None]) -> None:
         """The scalars of a block in SMEM."""
         buffer = self._buffer
-        if "smem" not in buffer.space or self._is_output:
+        if "smem" not in buffer.space or self.is_output:
             return
         buffer.values = [None] * len(buffer.values or ())
         shape = self._block.block_shape
         known = [start for start in starts if start is not None]
-        if self._array is None or self._array.dtype.kind not in "iub" or len(known) != len(shape):
+        if self._values is None or self._values.dtype.kind not in "iub" or len(known) != len(shape):
             return
         sizes = (getattr(dimension, "block_size", 1) for dimension in shape)
-        part = self._array[tuple(slice(start, start + size) for start, size in zip(known, sizes, strict=True))]
+        part = self._values[tuple(slice(start, start + size) for start, size in zip(known, sizes, strict=True))]
         if part.size == len(buffer.values):
             buffer.values = part.reshape(-1).tolist()
-
-
-def _is_whole(buffer: Buffer) -> bool:
-    return any(space in buffer.space for space in ("hbm", "any"))
 
 
 def _has_values(aval: Any, operand: np.ndarray | None) -> bool:

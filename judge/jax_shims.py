@@ -83,7 +83,97 @@ _PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
 
 def interpreted(closed_jaxpr: Any) -> Any:
     """The same jaxpr with every Pallas kernel, however deep, switched to the interpreter that lowers to XLA."""
-    return _with_interpreter(closed_jaxpr, True, frozenset())
+    shared = _rebuilt(closed_jaxpr, lambda equation: [_sharing_memory(equation)])
+    return _with_interpreter(shared, True, frozenset())
+
+
+def shared_memories(params: dict[str, Any]) -> list[tuple[int, int]]:
+    """(input, output) references of a pallas_call's kernel that are one memory, and not copied by blocks."""
+    mapping, references = params["grid_mapping"], params["jaxpr"].invars
+    outputs = mapping.num_index_operands + mapping.num_inputs
+    pairs = [(source, outputs + target) for source, target in params["input_output_aliases"]]
+    return [pair for pair in pairs if all(is_whole(references[i].aval) for i in pair)]
+
+
+def is_whole(reference: Any) -> bool:
+    """Whether a kernel's reference is the operand itself, not a block of it."""
+    space = str(getattr(reference, "memory_space", None) or "vmem").lower()
+    return "hbm" in space or "any" in space
+
+
+def _sharing_memory(equation: Any) -> Any:
+    """A pallas_call whose kernel reads an input that is an output's memory where it writes that output.
+
+    Symptom without: the interpreter gives the two a memory each (its own TODO), so the input stays as it was.
+    """
+    if equation.primitive.name != "pallas_call":
+        return equation
+    jaxpr = equation.params["jaxpr"]
+    same = {jaxpr.invars[i]: jaxpr.invars[o] for i, o in shared_memories(equation.params)}
+    return equation.replace(params={**equation.params, "jaxpr": _renamed(jaxpr, same)}) if same else equation
+
+
+def _renamed(jaxpr: Any, same: dict[Any, Any]) -> Any:
+    """A jaxpr that uses `same[reference]` for each reference there. Raises NotImplementedError where it cannot tell.
+
+    An equation with a jaxpr of its own that takes both still gets both, and the renaming goes on inside: given one
+    reference twice, its discharge to values would write the old value back over the new.
+    """
+    from jax._src import core
+    from jax._src.effects import JaxprInputEffect
+
+    def new(var: Any) -> Any:
+        return same.get(var, var) if isinstance(var, core.Var) else var
+
+    def effects(having: Any) -> Any:
+        return {e.replace(new(e.input)) if isinstance(e, JaxprInputEffect) else e for e in having.effects}
+
+    equations = []
+    for equation in jaxpr.eqns:
+        both = {var for var in same if var in equation.invars and same[var] in equation.invars}
+        parameters = equation.params
+        if both and any(map(_holds_jaxpr, parameters.values())):
+            parameters = {**parameters, **_renamed_inside(equation, {var: same[var] for var in both})}
+        else:
+            both = set()
+        invars = [var if isinstance(var, core.Var) and var in both else new(var) for var in equation.invars]
+        equations.append(equation.replace(invars=invars, params=parameters, effects=effects(equation)))
+    return jaxpr.replace(eqns=equations, effects=effects(jaxpr))
+
+
+def _renamed_inside(equation: Any, same: dict[Any, Any]) -> dict[str, Any]:
+    """The parameters that hold jaxprs, with what stands for `same` in them renamed."""
+    from jax._src import core
+
+    params, given = equation.params, equation.invars
+    if equation.primitive.name == "while":
+        tests, first = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
+        takes = {"cond_jaxpr": [*given[:tests], *given[first:]], "body_jaxpr": given[tests:]}
+    elif equation.primitive.name == "cond":
+        takes = {"branches": given[1:]}
+    else:
+        takes = {name: given for name, value in params.items() if _holds_jaxpr(value)}
+
+    def rename(value: Any, outer: Sequence[Any]) -> Any:
+        if isinstance(value, tuple | list):
+            return type(value)(rename(v, outer) for v in value)
+        if isinstance(value, core.ClosedJaxpr):
+            return value.replace(jaxpr=rename(value.jaxpr, outer))
+        inner = value.constvars if equation.primitive.name == "run_scoped" else value.invars
+        if len(inner) != len(outer) or any(var in outer and same[var] not in outer for var in same):
+            raise NotImplementedError(f"{equation.primitive.name} takes an operand and the output that is its memory")
+        stands = {id(var): own for var, own in zip(outer, inner, strict=True)}
+        return _renamed(value, {stands[id(var)]: stands[id(same[var])] for var in same if var in outer})
+
+    return {name: rename(params[name], outer) for name, outer in takes.items()}
+
+
+def _holds_jaxpr(value: Any) -> bool:
+    from jax._src import core
+
+    if isinstance(value, tuple | list):
+        return any(map(_holds_jaxpr, value))
+    return isinstance(value, core.ClosedJaxpr | core.Jaxpr)
 
 
 def rounds_operands(closed_jaxpr: Any) -> bool:
@@ -152,7 +242,7 @@ def _rebuilt(value: Any, change: Callable[[Any], list[Any]]) -> Any:
             params = {name: _rebuilt(parameter, change) for name, parameter in equation.params.items()}
             equations += change(equation.replace(params=params))
         return value.replace(eqns=equations)
-    if isinstance(value, tuple | list) and any(isinstance(v, core.ClosedJaxpr | core.Jaxpr) for v in value):
+    if isinstance(value, tuple | list) and _holds_jaxpr(value):
         return type(value)(_rebuilt(v, change) for v in value)
     return value
 
@@ -204,7 +294,7 @@ def _with_interpreter(closed_jaxpr: Any, interpret: Any, effects: frozenset[Any]
             return value.replace(jaxpr=walk(value.jaxpr))
         if isinstance(value, core.Jaxpr):
             return walk(value)
-        if isinstance(value, tuple | list) and any(isinstance(v, core.ClosedJaxpr | core.Jaxpr) for v in value):
+        if isinstance(value, tuple | list) and _holds_jaxpr(value):
             return type(value)(convert(v) for v in value)
         return value
 

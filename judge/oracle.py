@@ -252,11 +252,15 @@ def _reference(sealed: ModuleType, program: _Program, inputs: list[np.ndarray], 
     """The oracle's outputs. Raises Mismatch where the program's have another tree."""
     import jax
 
+    from judge.worker import work
+
     # What kernel_fn gets on a chip: NumPy's own promotion would make float64 of int32 × float32.
-    want, tree = jax.tree.flatten(sealed.reference_fn(*map(jax.numpy.asarray, inputs)))
+    with work():
+        leaves, tree = jax.tree.flatten(sealed.reference_fn(*map(jax.numpy.asarray, inputs)))
+        want = [np.asarray(leaf) for leaf in leaves]
     if str(tree) != program.tree:
         raise Mismatch(f"{where}: kernel_fn returns {program.tree}, reference_fn {tree}")
-    return [np.asarray(leaf) for leaf in want]
+    return want
 
 
 def _compare_all(

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 
 import prepare
-from judge import command, ledger
+from judge import command, jax_shims, ledger
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ROOT / "tests" / "kernels"
@@ -226,3 +226,12 @@ def passed(judge_file: Callable[..., Done], variant: Callable[..., str]) -> Done
     done = judge_file(variant(), "--chip", "v5e", "--json")
     assert done.code == 0, done.out + done.err
     return done
+
+
+@pytest.fixture(scope="module")
+def on_v5e():
+    """Traces here are for a v5e. Several test processes may load libtpu at once."""
+    jax_shims.set_environment()
+    jax_shims.patch_interpreter()
+    with jax_shims.on_chip(jax_shims.topology_device("v5e:2x2")):
+        yield

@@ -9,7 +9,6 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from judge import jax_shims
 from judge.copies import Broken
 from judge.follow import Unfollowable, follow
 
@@ -18,13 +17,10 @@ LENGTHS = np.array([3, 0, 5, 2], np.int32)
 SCRATCH = [pltpu.VMEM((2, 8, COLUMNS), jnp.float32), pltpu.SMEM((4,), jnp.int32), pltpu.SemaphoreType.DMA((2,))]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def chip():
-    with jax_shims.on_chip(jax_shims.topology_device("v5e:2x2")):
-        yield
+pytestmark = pytest.mark.usefixtures("on_v5e")
 
 
-def followed(body, lengths=LENGTHS, grid=(4,), **options):
+def followed(body, lengths=LENGTHS, grid=(4,), aliases=None, **options):
     """Follows a kernel body(lengths, x, out, buffer, numbers, semaphores) with x and out in HBM."""
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     specs = {"in_specs": [hbm], "out_specs": hbm, "scratch_shapes": SCRATCH} | options
@@ -32,6 +28,7 @@ def followed(body, lengths=LENGTHS, grid=(4,), **options):
         body,
         grid_spec=pltpu.PrefetchScalarGridSpec(num_scalar_prefetch=1, grid=grid, **specs),
         out_shape=jax.ShapeDtypeStruct((ROWS, COLUMNS), jnp.float32),
+        input_output_aliases=aliases or {},
     )
     x = jax.ShapeDtypeStruct((ROWS, COLUMNS), jnp.float32)
     follow(jax.make_jaxpr(call)(jax.ShapeDtypeStruct(lengths.shape, jnp.int32), x), {0: lengths})
@@ -122,6 +119,51 @@ def test_one_wait_for_two_copies():
     followed(body)
 
 
+def in_turn(lengths, x, out, buffer, numbers, semaphores, *, sizes, waits):
+    """Copies of so many rows into one buffer, one semaphore; then waits for so many rows, and the first row is read."""
+    place = 0
+    for rows in sizes:
+        part = pl.ds(place, rows)
+        pltpu.make_async_copy(x.at[part], buffer.at[0, part], semaphores.at[0]).start()
+        place += rows
+    for rows in waits:
+        pltpu.make_async_copy(x.at[pl.ds(0, rows)], buffer.at[0, pl.ds(0, rows)], semaphores.at[0]).wait()
+    numbers[0] = lengths[0]
+    buffer[0, 0] = buffer[0, 0] + 1
+    left = sum(sizes) - sum(waits)
+    if left:
+        pltpu.make_async_copy(x.at[pl.ds(0, left)], buffer.at[0, pl.ds(0, left)], semaphores.at[0]).wait()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "waits", "is_over"),
+    [
+        ((4, 4), (4,), False),  # the second may have come first
+        ((4, 4), (4, 4), True),
+        ((4, 4), (4, 2), True),  # neither can be missing
+        ((6, 2), (4,), True),  # the second has no more than 2
+        ((2, 6), (6,), False),
+        ((2, 6), (6, 2), True),
+    ],
+)
+def test_copies_on_one_semaphore_end_in_any_order(sizes, waits, is_over):
+    body = functools.partial(in_turn, sizes=sizes, waits=waits)
+    if is_over:
+        followed(body, grid=(2,))
+        return
+    with pytest.raises(Broken, match="not waited for, touches"):
+        followed(body, grid=(2,))
+
+
+def test_bytes_that_nobody_waits_for():
+    def body(lengths, x, out, buffer, numbers, semaphores):
+        pltpu.make_async_copy(x.at[pl.ds(0, 8)], buffer.at[0], semaphores.at[0]).start()
+        pltpu.make_async_copy(x.at[pl.ds(0, 4)], buffer.at[0, pl.ds(0, 4)], semaphores.at[0]).wait()
+
+    with pytest.raises(Broken, match="nobody waits for the copy"):
+        followed(body, grid=(1,))
+
+
 def test_scalars_through_smem_and_loops():
     def body(lengths, x, out, buffer, numbers, semaphores):
         numbers[1] = 0
@@ -172,6 +214,35 @@ def test_blocks(index, told):
         run()
         return
     with pytest.raises(Broken, match=told):
+        run()
+
+
+def from_whole(lengths, x, out, buffer, numbers, semaphores):
+    pltpu.sync_copy(x.at[pl.ds(0, 8)], buffer.at[0])
+    out[...] = buffer[0]
+
+
+@pytest.mark.parametrize(
+    ("inward", "outward", "body", "error", "told"),
+    [
+        (lambda i, n: (i, 0), lambda i, n: (i, 0), blockwise, None, ""),
+        (lambda i, n: (i + 1, 0), lambda i, n: (i, 0), blockwise, None, ""),
+        (lambda i, n: (i - i // 2, 0), lambda i, n: (i, 0), blockwise, Broken, "put before"),
+        (lambda i, n: (jnp.where(n[i] == 2, 0, i), 0), lambda i, n: (i, 0), blockwise, Broken, "put before"),
+        (None, lambda i, n: (i + 1, 0), from_whole, None, ""),
+        (None, lambda i, n: (i, 0), from_whole, Broken, "a block's own copy, not waited for"),
+        (lambda i, n: (i, 0), None, lambda *_: None, Unfollowable, "by blocks"),
+    ],
+)
+def test_blocks_of_one_memory(inward, outward, body, error, told):
+    """An operand that is the output's memory too: fetched or read where a block of the output has been put."""
+    whole = pl.BlockSpec(memory_space=pltpu.HBM)
+    inward, outward = (whole if index is None else pl.BlockSpec((8, COLUMNS), index) for index in (inward, outward))
+    run = functools.partial(followed, body, in_specs=[inward], out_specs=outward, aliases={1: 0})
+    if error is None:
+        run()
+        return
+    with pytest.raises(error, match=told):
         run()
 
 

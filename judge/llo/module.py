@@ -335,14 +335,14 @@ def _constant(op: Op) -> np.ndarray | None:
 def _in_memory(values: Any, type_text: str) -> np.ndarray | None:
     """One dimension lies flat; of two, the minor one, which may be the first, is padded to 128 words.
 
-    `type_text`: the parameter's type with its layout. Others, and other widths, are not known.
+    `type_text`: the parameter's type with its layout. Others, none at all, and other widths are not known.
     """
     shape = _SHAPE.match(type_text)
     if values is None or values.dtype not in (np.int32, np.uint32) or shape is None:
         return None
     if values.ndim <= 1:
         return np.atleast_1d(values).view(np.int32)
-    minor_to_major = (shape[3] or "1,0").split(":", 1)[0]
+    minor_to_major = (shape[3] or "").split(":", 1)[0]
     rows = {"1,0": values, "0,1": values.T}.get(minor_to_major) if values.ndim == 2 else None
     if rows is None or rows.shape[1] > 128:
         return None

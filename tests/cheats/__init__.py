@@ -64,6 +64,25 @@ def matmul() -> str:
     return (ROOT / "tests" / "kernels" / "matmul.py").read_text()
 
 
+def whole_operands(body: str, options: str = "") -> tuple[Edit, ...]:
+    """Edits of `scaled_add` to one grid step: body(a_ref, x_hbm, y_hbm, out_hbm, x_vmem, y_vmem, sem) moves its data."""
+    text = scaled_add()
+    call = text[text.index("        grid_spec=") : text.index("    )(a, x, y)")]
+    one_step = f"""        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(1,),
+            in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * 2,
+            out_specs=pl.BlockSpec(memory_space=pl.ANY),
+            scratch_shapes=[pltpu.VMEM((ROWS, COLUMNS), jnp.float32)] * 2 + [pltpu.SemaphoreType.DMA],
+        ),
+{options}"""
+    return (
+        (text[text.index("def body(") : text.index("\n\ndef kernel_fn(")], body),
+        (call, one_step),
+        (next(line for line in text.splitlines(keepends=True) if "rows = " in line), ""),
+    )
+
+
 BASES: dict[str, Callable[[], str]] = {"rpa": small_rpa, "add": scaled_add, "matmul": matmul}
 
 

@@ -1,7 +1,8 @@
 """Honest but unusual kernels, which must pass."""
 
-from tests.cheats import Case
+from tests.cheats import Case, whole_operands
 from tests.cheats.precision import FINE
+from tests.cheats.stale_memory import ALIAS
 
 CASES = [
     Case(name="8 queries a block", sweeps=(("Q_BLOCK_TOKENS = 16", "Q_BLOCK_TOKENS = 8"),)),
@@ -281,6 +282,32 @@ CASES = [
             (
                 "    out_ref[...] = a.astype(jnp.float32) * x_ref[...] + y_ref[...]",
                 "    rolled = pltpu.roll(a.astype(jnp.float32) * x_ref[...], 1, 0)\n    out_ref[...] = pltpu.roll(rolled, x_ref.shape[0] - 1, 0)\n    for first in range(2):\n        rows = pl.ds(first, x_ref.shape[0] // 2, stride=2)\n        bits = pltpu.bitcast(out_ref[rows, :], jnp.int32)\n        out_ref[rows, :] = pltpu.bitcast(bits, jnp.float32) + y_ref[rows, :]",
+            ),
+        ),
+    ),
+    Case(
+        name="two copies on one semaphore, in the memory of the output",
+        base="add",
+        edits=whole_operands(
+            """def body(a_ref, x_hbm, y_hbm, out_hbm, x_vmem, y_vmem, sem):
+    copies = [pltpu.make_async_copy(*pair, sem) for pair in ((x_hbm, x_vmem), (y_hbm, y_vmem))]
+    for copy in copies:
+        copy.start()
+    for copy in copies:
+        copy.wait()
+    x_vmem[...] = jnp.broadcast_to(a_ref[0], x_vmem.shape).astype(jnp.float32) * x_vmem[...] + y_vmem[...]
+    pltpu.sync_copy(x_vmem, out_hbm)
+""",
+            ALIAS,
+        ),
+    ),
+    Case(
+        name="blocks in the memory of the output",
+        base="add",
+        edits=(
+            (
+                "in_specs=[rows, rows], out_specs=rows\n        ),\n",
+                "in_specs=[rows, rows], out_specs=rows\n        ),\n" + ALIAS,
             ),
         ),
     ),

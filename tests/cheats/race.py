@@ -1,6 +1,6 @@
 """Computes on what a copy has not brought yet, or changes what one has not taken yet."""
 
-from tests.cheats import Case
+from tests.cheats import Case, whole_operands
 
 CASES = [
     Case(
@@ -90,5 +90,23 @@ CASES = [
         ),
         status="FAIL_RACE",
         reason="Revisited block",
+    ),
+    Case(
+        name="counts on two copies to end in the order of their start",
+        base="add",
+        edits=whole_operands(
+            """def body(a_ref, x_hbm, y_hbm, out_hbm, x_vmem, y_vmem, sem):
+    copies = [pltpu.make_async_copy(*pair, sem) for pair in ((x_hbm, x_vmem), (y_hbm, y_vmem))]
+    for copy in copies:
+        copy.start()
+    copies[0].wait()
+    x_vmem[...] = jnp.broadcast_to(a_ref[0], x_vmem.shape).astype(jnp.float32) * x_vmem[...]
+    copies[1].wait()
+    x_vmem[...] += y_vmem[...]
+    pltpu.sync_copy(x_vmem, out_hbm)
+"""
+        ),
+        status="FAIL_RACE",
+        reason="wrong when each ends as late as it may",
     ),
 ]

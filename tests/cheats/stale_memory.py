@@ -1,6 +1,16 @@
 """Counts on what was in memory before."""
 
-from tests.cheats import Case
+from tests.cheats import Case, whole_operands
+
+# y goes to the output, which is x's memory, before x is read: y twice on a chip.
+OVERWRITTEN = """def body(a_ref, x_hbm, y_hbm, out_hbm, x_vmem, y_vmem, sem):
+    pltpu.sync_copy(y_hbm, y_vmem)
+    pltpu.sync_copy(y_vmem, out_hbm)
+    pltpu.sync_copy(x_hbm, x_vmem)
+    x_vmem[...] = jnp.broadcast_to(a_ref[0], x_vmem.shape).astype(jnp.float32) * x_vmem[...] + y_vmem[...]
+    pltpu.sync_copy(x_vmem, out_hbm)
+"""
+ALIAS = "        input_output_aliases={1: 0},\n"
 
 CASES = [
     Case(
@@ -36,6 +46,13 @@ CASES = [
                 "@pl.loop(row_start, row_start)\n                def _(row):\n                    copy(o_vmem.at[row - window], o_hbm.at[row], io_sem).wait()",
             ),
         ),
+        status="FAIL_CORRECTNESS",
+        reason="output 0",
+    ),
+    Case(
+        name="an operand that the output has overwritten",
+        base="add",
+        edits=whole_operands(OVERWRITTEN, ALIAS),
         status="FAIL_CORRECTNESS",
         reason="output 0",
     ),
