@@ -30,11 +30,13 @@ PROBLEM_DESCRIPTION = (
 # Tunables: module-level constants that a search may rewrite, each to one of the values listed.
 Q_BLOCK_TOKENS = 128  # new tokens of one sequence in a query block; twice as many from v6e on, if MAX_ROWS allows it
 KV_BLOCK_PAGES = 16  # pages of 32 tokens in one KV block of a prefill; as many tokens in pages of another size
-DECODE_BLOCK_PAGES = 16  # the same of a decode; twice as many on chips whose HBM is that fast
+DECODE_BLOCK_PAGES = 16  # the same of a decode with 4 KiB a token, else as many bytes; see _decode_block_tokens
 MAX_ROWS = 1024  # queries of a KV head in a query block: VMEM has room for no more on every chip
 SOFTMAX_ROWS = 64  # rows of scores that become weights at a time
 TILE_COLUMNS = 256  # the same of columns, where scores stand on their side
 CHUNK_WORDS = 512  # 32-bit words of a KV block whose keys meet a decode's queries at a time
+PAGES_TOGETHER = 4  # pages whose copies one turn of a loop starts
+PART_WORDS = 8192  # words of a decode's last KV block at a time: fewer take as long, more may be for nothing
 DECODE_BUFFERS = 3  # KV blocks of decodes in VMEM: one in work, the others on their way
 
 TUNABLES = {
@@ -329,7 +331,7 @@ def _wait(copy):
 def _for_pages(call, seq, block, start, tokens, kv_vmem, sem, do):
     """`do(copy)` for each page of a KV block that holds any of a sequence's tokens from `start` to before `tokens`.
 
-    All pages of a block are waited for at once, as if they came in one copy.
+    They are started PAGES_TOGETHER at a time, and waited for as if they came in as few copies as can be.
     """
     bkv, page_size = kv_vmem.shape[0], call.page_size
     first, count = block * (bkv // page_size), bkv // page_size
@@ -337,18 +339,25 @@ def _for_pages(call, seq, block, start, tokens, kv_vmem, sem, do):
     skipped = 0 if call.options.sliding_window is None else jnp.maximum(start // page_size - first, 0)
     target = kv_vmem.at[:, pl.ds(0, call.cache_hbm.shape[2])]
 
-    def of_pages():
-        @pl.loop(skipped, pages)
-        def _(page):
-            slots = target.at[pl.ds(page * page_size, page_size)]
-            do(pltpu.make_async_copy(call.cache_hbm.at[call.page_of(seq, first + page)], slots, sem))
-
-    if do is not _wait:
-        of_pages()
+    if do is _wait:
+        left = jnp.maximum(pages - skipped, 0)
+        for bit in range(count.bit_length()):
+            some = target.at[pl.ds(0, page_size << bit)]
+            pl.when(left & 1 << bit != 0)(pltpu.make_async_copy(some, some, sem).wait)
         return
-    whole = pages - skipped == count
-    pl.when(whole)(pltpu.make_async_copy(target, target, sem).wait)
-    pl.when(jnp.logical_not(whole))(of_pages)
+
+    def copy(page):
+        slots = target.at[pl.ds(page * page_size, page_size)]
+        do(pltpu.make_async_copy(call.cache_hbm.at[call.page_of(seq, first + page)], slots, sem))
+
+    together = jnp.maximum(pages - skipped, 0) // PAGES_TOGETHER
+
+    @pl.loop(0, together)
+    def _(i):
+        for j in range(PAGES_TOGETHER):
+            copy(skipped + i * PAGES_TOGETHER + j)
+
+    pl.loop(skipped + together * PAGES_TOGETHER, pages)(copy)
 
 
 # --- decodes: sequences with one new token, a stream of KV blocks fetched ahead across sequences ----------------------
@@ -446,7 +455,7 @@ def _decode_pass(call, d):
             pl.when(block == first)(lambda: _begin_decode(call, d, slot, parity))
             seen = None if call.options.sliding_window is None else first_seen(seq) - block * d.bkv
             whole = block < last if seen is None else jnp.logical_and(block < last, seen <= 0)
-            pl.when(whole)(lambda: _decode_block(call, d, slot, None))
+            pl.when(whole)(lambda: _decode_block(call, d, d.kv_ring.at[slot], None))
 
             @pl.when(block == last if seen is None else jnp.logical_not(whole))
             def _():
@@ -458,7 +467,7 @@ def _decode_pass(call, d):
                             d.kv_ring[slot, tokens - 1, :, :, lanes] = new[0]
 
                     patch() if seen is None else pl.when(block == last)(patch)
-                _decode_block(call, d, slot, (seen, tokens))
+                _decode_parts(call, d, d.kv_ring.at[slot], seen, tokens)
 
             return jax.lax.rem(slot + 1, d.buffers), ahead
 
@@ -506,14 +515,30 @@ def _between(shape, axis, start, end):
     return index < end if start is None else jnp.logical_and(index >= start, index < end)
 
 
-def _decode_block(call, d, slot, seen):
+def _decode_parts(call, d, kv, start, end):
+    """The tokens of a KV block from `start` (None: 0) to before `end`: all at once, or PART_WORDS at a time."""
+    rows = kv.shape[1]
+    part = PART_WORDS // rows
+    if part * rows != PART_WORDS or d.bkv % part or d.bkv == part:
+        _decode_block(call, d, kv, (start, end))
+        return
+
+    @pl.loop(0 if start is None else jnp.maximum(start, 0) // part, pl.cdiv(jnp.minimum(end, d.bkv), part))
+    def _(i):
+        of_part, last = kv.at[pl.ds(i * part, part)], end - i * part
+        first = None if start is None else start - i * part
+        whole = last >= part if start is None else jnp.logical_and(last >= part, first <= 0)
+        pl.when(whole)(lambda: _decode_block(call, d, of_part, None))
+        pl.when(jnp.logical_not(whole))(lambda: _decode_block(call, d, of_part, (first, last)))
+
+
+def _decode_block(call, d, kv, seen):
     """All query heads against one KV block, of which the tokens from `seen[0]` to before `seen[1]` count (None: all).
 
     The keys of all heads, in the order in which they lie in memory, meet all query rows: the MXU takes as long for one
     row as for its fill of weights, and what is not a row's own head has no weight.
     """
-    kv, q = d.kv_ring.at[slot], d.q[...]
-    top = None
+    q, top = d.q[...], None
     for chunk in _chunks(kv):
         k = _chunk_of(kv, chunk, 0, seen)
         s = call.scores(jax.lax.dot_general(q, k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32))
@@ -547,12 +572,17 @@ class _Chunk:
     columns: Any  # half a one of float32, one of 16 bits, two of 8 bits a word
 
 
+def _words_of(kv):
+    """32-bit words of a KV block ``[bkv, rows, pack, D]``, for 128 lanes of D."""
+    return kv.shape[0] * kv.shape[1]
+
+
 def _chunks(kv):
-    """The words of a KV block ``[bkv, rows, pack, D]``, CHUNK_WORDS at a time."""
-    bkv, rows, pack, _ = kv.shape
-    words = min(CHUNK_WORDS, bkv * rows) if bkv * rows % CHUNK_WORDS == 0 else bkv * rows
-    width = words * pack // 2
-    return [_Chunk(i * words, words, pl.ds(i * width, width)) for i in range(bkv * rows // words)]
+    """The words of a KV block, CHUNK_WORDS at a time; all at once where that does not divide them."""
+    total = _words_of(kv)
+    words = CHUNK_WORDS if total % CHUNK_WORDS == 0 else total
+    width = words * kv.shape[2] // 2
+    return [_Chunk(i * words, words, pl.ds(i * width, width)) for i in range(total // words)]
 
 
 def _word_of_column(kv, chunk):
@@ -575,10 +605,10 @@ def _head_of_column(kv, chunk):
     return row if pack == 2 else row // 2
 
 
-def _between_words(word, kv, seen):
-    start, end = seen
-    rows = kv.shape[1]
-    return word < end * rows if start is None else jnp.logical_and(word >= start * rows, word < end * rows)
+def _between_words(word, kv, seen, first=0):
+    """Whether words, numbered from `first` on, are of tokens in `seen`."""
+    start, end = (None if token is None else token * kv.shape[1] - first for token in seen)
+    return word < end if start is None else jnp.logical_and(word >= start, word < end)
 
 
 def _chunk_of(kv, chunk, is_value, seen):
@@ -591,8 +621,8 @@ def _chunk_of(kv, chunk, is_value, seen):
         first, stride = start * fold + tile, step * fold
         loaded = words[pl.ds(first, count) if stride == 1 else pl.ds(first, count, stride=stride), :]
         if seen is not None:
-            word = start + step * jax.lax.broadcasted_iota(jnp.int32, loaded.shape, 0)
-            loaded = jnp.where(_between_words(word, kv, seen), loaded, jnp.zeros_like(loaded))
+            word = step * jax.lax.broadcasted_iota(jnp.int32, loaded.shape, 0)
+            loaded = jnp.where(_between_words(word, kv, seen, start), loaded, jnp.zeros_like(loaded))
         return loaded
 
     tiles = []
@@ -1320,8 +1350,9 @@ def ragged_paged_attention(
         own_bq *= 2
     bq, bkv = (p_block_sizes or m_block_sizes or (own_bq, _block_tokens(KV_BLOCK_PAGES, page_size)))[:2]
     bq = min(bq, num_tokens)
-    decode_pages = DECODE_BLOCK_PAGES * (2 if _generation() >= 7 else 1)
-    decode_bkv = (d_block_sizes or (1, _block_tokens(decode_pages, page_size)))[1]
+    longest = page_indices.shape[0] // kv_lens.shape[0] * page_size
+    token_bytes = kv_rows * pack * padded_dim * kv_cache.dtype.itemsize
+    decode_bkv = (d_block_sizes or (1, min(_decode_block_tokens(token_bytes, page_size), longest)))[1]
     sinks = ()
     if attention_sink is not None:
         sink = jnp.pad(attention_sink * LOG2_E, (0, heads - num_q_heads))
@@ -1396,6 +1427,16 @@ def ragged_paged_attention(
 def _block_tokens(pages_of_32, page_size):
     """Tokens of a KV block of so many pages of 32 tokens, in whole pages of the size at hand."""
     return max(pages_of_32 * 32 // page_size, 1) * page_size
+
+
+def _decode_block_tokens(token_bytes, page_size):
+    """Tokens of a KV block of a decode, in whole pages: what a step costs besides its bytes must not count.
+
+    With 8 KV heads of 128 in bfloat16 a token has 4 KiB, DECODE_BLOCK_PAGES of 32 tokens 2 MiB; four times as much on
+    chips whose HBM is that fast.
+    """
+    block_bytes = DECODE_BLOCK_PAGES * 32 * 4096 * (4 if _generation() >= 7 else 1)
+    return max(block_bytes // (token_bytes * page_size), 1) * page_size
 
 
 def _generation():
