@@ -344,6 +344,27 @@ def test_the_tolerance_notices_an_off_by_one(mistake, dtype):
     assert error_of(out, wrong) > 10 * TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize(("dtype", "window"), [(BF16, None), (BF16, 21), (INT8, 70)])
+def test_a_decode_s_last_block_in_parts(dtype, window, monkeypatch):
+    """Two parts a block: some whole, some seen in part, some not at all."""
+    rows = 2 if dtype == BF16 else 1
+    monkeypatch.setattr(kernel, "CHUNK_WORDS", 16 * rows)
+    monkeypatch.setattr(kernel, "PART_WORDS", 32 * rows)
+    shape = Shape(
+        tokens=10, seqs=10, pages=48, pages_per_seq=8, kv_pages=4, dtype=BF16, cache_dtype=dtype, sm_scale=0.2
+    )
+    shape = dataclasses.replace(shape, sliding_window=window, k_scale=None if dtype == BF16 else 0.01)
+    check(shape, [1] * 10, [1, 31, 32, 33, 64, 65, 95, 96, 97, 128])
+
+
+def test_a_decode_s_block_has_as_many_bytes_whatever_a_token_has(monkeypatch):
+    assert kernel._decode_block_tokens(4096, 32) == 512
+    assert kernel._decode_block_tokens(512, 64) == 4096
+    assert kernel._decode_block_tokens(1 << 24, 128) == 128  # never less than a page
+    monkeypatch.setattr(kernel, "_generation", lambda: 7)
+    assert kernel._decode_block_tokens(4096, 32) == 2048
+
+
 def test_values_do_not_leak_between_sequences():
     """Another context in one sequence changes no bit of the others."""
     first = make_inputs(BASE, [3, 4, 5], [20, 30, 40])
