@@ -16,7 +16,6 @@ ROWS, COLUMNS = 64, 128
 LENGTHS = np.array([3, 0, 5, 2], np.int32)
 SCRATCH = [pltpu.VMEM((2, 8, COLUMNS), jnp.float32), pltpu.SMEM((4,), jnp.int32), pltpu.SemaphoreType.DMA((2,))]
 
-
 pytestmark = pytest.mark.usefixtures("on_v5e")
 
 

@@ -14,7 +14,6 @@ from judge.strict import strictly
 SHAPE = (16, 128)
 WHOLE = pl.BlockSpec(memory_space=pl.ANY)
 
-
 pytestmark = pytest.mark.usefixtures("on_v5e")
 
 
@@ -49,47 +48,47 @@ def top(ref):
     return ref.at[pl.ds(0, 8)]
 
 
-def add(target, source, buffer):
-    """target += source on the first rows, by way of the buffer."""
+def add_one(target, source, buffer):
+    """target = source + 1 on the first rows, by way of the buffer."""
     pltpu.sync_copy(top(source), buffer)
     buffer[...] += 1.0
     pltpu.sync_copy(buffer, top(target))
 
 
 def plainly(times, x, y, out, buffer):
-    add(out, x, buffer)
-    add(out, y, buffer)
+    add_one(out, x, buffer)
+    add_one(out, y, buffer)
 
 
 def in_branches(times, x, y, out, buffer):
-    add(out, x, buffer)
-    pl.when(times[0] == 3)(lambda: add(out, y, buffer))
-    jax.lax.cond(times[0] > 5, lambda: add(out, x, buffer), lambda: add(out, y, buffer))
+    add_one(out, x, buffer)
+    pl.when(times[0] == 3)(lambda: add_one(out, y, buffer))
+    jax.lax.cond(times[0] > 5, lambda: add_one(out, x, buffer), lambda: add_one(out, y, buffer))
 
 
 def in_loops(times, x, y, out, buffer):
     @pl.loop(0, times[0])
     def _(i):
-        add(out, y, buffer)
-        pl.when(i == 1)(lambda: add(out, y, buffer))
+        add_one(out, y, buffer)
+        pl.when(i == 1)(lambda: add_one(out, y, buffer))
 
     @pl.loop(0, 2)
     def _(_):
-        add(out, y, buffer)
+        add_one(out, y, buffer)
 
 
 def in_scopes(times, x, y, out, buffer):
     def scoped(more):
-        add(out, x, more)
-        add(out, y, more)
-        pl.when(times[0] == 3)(lambda: add(out, y, more))
+        add_one(out, x, more)
+        add_one(out, y, more)
+        pl.when(times[0] == 3)(lambda: add_one(out, y, more))
 
     pl.run_scoped(scoped, pltpu.VMEM((8, 128), jnp.float32))
 
 
 def apart(times, x, y, out, buffer):
     """One branch takes the input alone, the next the output alone."""
-    add(out, x, buffer)
+    add_one(out, x, buffer)
     pl.when(times[0] == 3)(lambda: pltpu.sync_copy(top(y), buffer))
     pl.when(times[0] == 3)(lambda: pltpu.sync_copy(buffer, out.at[pl.ds(8, 8)]))
 

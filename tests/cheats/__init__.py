@@ -83,6 +83,13 @@ def whole_operands(body: str, options: str = "") -> tuple[Edit, ...]:
     )
 
 
+# The start of such a body: both operands on their way, on one semaphore.
+BOTH_STARTED = """def body(a_ref, x_hbm, y_hbm, out_hbm, x_vmem, y_vmem, sem):
+    copies = [pltpu.make_async_copy(*pair, sem) for pair in ((x_hbm, x_vmem), (y_hbm, y_vmem))]
+    for copy in copies:
+        copy.start()
+"""
+
 BASES: dict[str, Callable[[], str]] = {"rpa": small_rpa, "add": scaled_add, "matmul": matmul}
 
 

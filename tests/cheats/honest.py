@@ -1,6 +1,6 @@
 """Honest but unusual kernels, which must pass."""
 
-from tests.cheats import Case, whole_operands
+from tests.cheats import BOTH_STARTED, Case, whole_operands
 from tests.cheats.precision import FINE
 from tests.cheats.stale_memory import ALIAS
 
@@ -289,11 +289,8 @@ CASES = [
         name="two copies on one semaphore, in the memory of the output",
         base="add",
         edits=whole_operands(
-            """def body(a_ref, x_hbm, y_hbm, out_hbm, x_vmem, y_vmem, sem):
-    copies = [pltpu.make_async_copy(*pair, sem) for pair in ((x_hbm, x_vmem), (y_hbm, y_vmem))]
-    for copy in copies:
-        copy.start()
-    for copy in copies:
+            BOTH_STARTED
+            + """    for copy in copies:
         copy.wait()
     x_vmem[...] = jnp.broadcast_to(a_ref[0], x_vmem.shape).astype(jnp.float32) * x_vmem[...] + y_vmem[...]
     pltpu.sync_copy(x_vmem, out_hbm)

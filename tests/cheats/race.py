@@ -1,6 +1,6 @@
 """Computes on what a copy has not brought yet, or changes what one has not taken yet."""
 
-from tests.cheats import Case, whole_operands
+from tests.cheats import BOTH_STARTED, Case, whole_operands
 
 CASES = [
     Case(
@@ -95,11 +95,8 @@ CASES = [
         name="counts on two copies to end in the order of their start",
         base="add",
         edits=whole_operands(
-            """def body(a_ref, x_hbm, y_hbm, out_hbm, x_vmem, y_vmem, sem):
-    copies = [pltpu.make_async_copy(*pair, sem) for pair in ((x_hbm, x_vmem), (y_hbm, y_vmem))]
-    for copy in copies:
-        copy.start()
-    copies[0].wait()
+            BOTH_STARTED
+            + """    copies[0].wait()
     x_vmem[...] = jnp.broadcast_to(a_ref[0], x_vmem.shape).astype(jnp.float32) * x_vmem[...]
     copies[1].wait()
     x_vmem[...] += y_vmem[...]
