@@ -346,6 +346,12 @@ def test_a_loop_that_never_ends_is_an_error(tmp_path):
         execute(parse_dump(path), {}, {}, MACHINE, limit_seconds=0.01)
 
 
+def test_an_empty_copy_need_not_be_waited_for(run):
+    """A kernel that copies what is left of a page may have nothing left: no wait counts that."""
+    done = run([OPERAND, copy(), copy(size=0), *wait()])
+    assert (done.dma_count, done.hbm_read_bytes) == (2, 16 * MACHINE.granule_bytes)
+
+
 # --- errors ---
 
 

@@ -20,7 +20,7 @@ from judge.llo.dma import CopyError, DmaEngine, DmaRecord
 from judge.llo.issue import Issue
 from judge.llo.machine import Machine
 from judge.llo.parse import Allocation, Dump
-from judge.llo.translate import Translator
+from judge.llo.translate import Block, Translator
 
 
 class ExecutionError(Exception):
@@ -70,7 +70,7 @@ class Execution:
     waits: dict[int, Wait] = field(default_factory=dict)  # bundle of a dma.done.wait → what became of it
     stalls: Counter[tuple[int, str]] = field(default_factory=Counter)  # (bundle, cause) → cycles lost before it
     bundle_runs: Counter[int] = field(default_factory=Counter)  # block address → runs
-    block_bundles: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    block_bundles: dict[int, tuple[int, ...]] = field(default_factory=dict)  # of the blocks that ran
     dmas: list[DmaRecord] = field(default_factory=list)  # the first `_RECORDED`
     blocks: list[tuple[int, float, float]] = field(default_factory=list)  # (address, start, end), long ones
     vmem_rows: dict[str, range] = field(default_factory=dict)  # buffer or operand in VMEM → its rows
@@ -210,10 +210,11 @@ class _Core:
         )
 
     def check_exit(self) -> None:
-        """Every copy that was started must have been waited for: its time would otherwise be free."""
+        """Every copy that was started and moves anything must have been waited for: its time would be free."""
         for flag, waiting in self.engine.pending.items():
-            if waiting:
-                raise ExecutionError(f"{len(waiting)} copies on sync flag {flag} are never waited for")
+            owed = sum(granules > 0 for _, granules in waiting)
+            if owed:
+                raise ExecutionError(f"{owed} copies on sync flag {flag} are never waited for")
 
 
 def execute(
@@ -236,10 +237,10 @@ def execute(
     _place_operands(core, words)
     result.vmem_rows = _vmem_rows(core, allocations, symbols)
     issue = Issue(dump, machine)
-    blocks = Translator(dump, machine, symbols, issue).blocks()
-    result.block_bundles = {address: block.bundle_indices for address, block in blocks.items()}
-    functions = _compile(blocks, issue)
-    long_blocks = {address for address, block in blocks.items() if len(block.bundle_indices) >= _BLOCK_BUNDLES_SHOWN}
+    translator = Translator(dump, machine, symbols, issue)
+    scope = _scope(issue)
+    functions: dict[int, Any] = {}  # a block is translated when control first reaches it
+    long_blocks: set[int] = set()
     scalars: list[Any] = [UNKNOWN] * 32
     predicates: list[Any] = [UNKNOWN] * 32
     results: dict[str, Any] = {}
@@ -252,7 +253,13 @@ def execute(
         if function is None:
             if address == len(dump.bundles):
                 break
-            raise ExecutionError(f"{dump.path.name}: control reaches bundle {address:#x}, where no block begins")
+            if address not in translator.entries:
+                raise ExecutionError(f"{dump.path.name}: control reaches bundle {address:#x}, where no block begins")
+            block = translator.block(address)
+            function = functions[address] = _compiled(block, scope)
+            result.block_bundles[address] = block.bundle_indices
+            if len(block.bundle_indices) >= _BLOCK_BUNDLES_SHOWN:
+                long_blocks.add(address)
         runs[address] += 1
         start, here = now, address
         try:
@@ -290,8 +297,9 @@ def _popped(results: Any) -> Any:
     return results.pop(0)
 
 
-def _compile(blocks: dict[int, Any], issue: Issue) -> dict[int, Any]:
-    scope: dict[str, Any] = {
+def _scope(issue: Issue) -> dict[str, Any]:
+    """What a block's source refers to beside its arguments."""
+    return {
         "I": issue,
         "UNKNOWN": UNKNOWN,
         "signed": _signed,
@@ -301,11 +309,14 @@ def _compile(blocks: dict[int, Any], issue: Issue) -> dict[int, Any]:
         "least": lambda a, b: a if a is UNKNOWN else b if b is UNKNOWN else min(a, b),
         "greatest": lambda a, b: a if a is UNKNOWN else b if b is UNKNOWN else max(a, b),
     }
-    exec(compile("\n".join(block.source for block in blocks.values()), "<schedule>", "exec"), scope)
-    return {address: scope[f"block_{address}"] for address in blocks}
 
 
-_SYMBOL = re.compile(r"#(allocation\w+)")
+def _compiled(block: Block, scope: dict[str, Any]) -> Any:
+    exec(compile(block.source, "<schedule>", "exec"), scope)
+    return scope[f"block_{block.address}"]
+
+
+_SPILL = re.compile(r"#(allocation\w*_spill)\b")
 
 
 def _place_allocations(dump: Dump, allocations: dict[str, Allocation]) -> dict[str, int]:
@@ -320,11 +331,16 @@ def _place_allocations(dump: Dump, allocations: dict[str, Allocation]) -> dict[s
         elif space in free:
             symbols[name] = free[space]
             free[space] += -(-allocation.size_bytes // unit_bytes[space])
-    names = {name for bundle in dump.bundles for slot in bundle.slots for name in _SYMBOL.findall(slot.rest)}
-    for name in sorted(names - symbols.keys()):
-        if name.endswith("_spill"):
-            symbols[name] = free["smem"]
-            free["smem"] += 1
+    spilled = {
+        name
+        for bundle in dump.bundles
+        for slot in bundle.slots
+        if "_spill" in slot.rest
+        for name in _SPILL.findall(slot.rest)
+    }
+    for name in sorted(spilled - symbols.keys()):
+        symbols[name] = free["smem"]
+        free["smem"] += 1
     return symbols
 
 

@@ -11,8 +11,8 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cache, cached_property
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 from judge.llo.machine import Machine
 from judge.llo.parse import Bundle, Dump, ParseError, Slot
@@ -71,10 +71,9 @@ _WHOLE = ("valu", "move", "mask", "load", "matmul", "matprep", "pushprep", "vpus
 _CLASS_OF = tuple(
     (name, re.compile(f"(?:{pattern})(?=[.-]|$)" if name in _WHOLE else pattern)) for name, pattern in _CLASSES
 )
-_REGISTER = re.compile(r"%\w*?_((?:s|p|vm|v)\d+)\b")
+_OPERANDS = re.compile(r"%(?:\w*?_((?:s|p|vm|v)\d+)|(\d+))\b")  # a register, or a result that has a name alone
 _MAX_QUEUE = 4096  # far more than any result queue holds
 _GUARD = re.compile(r"\(!?%\w+_p\d+\)")
-_NAMED = re.compile(r"%(\d+)\b")
 _UNIT = re.compile(r"\b(xlu\d|mxu\d)")
 _XLU_KINDS = ("reduce", "index_reduce", "permute", "transpose", "pattern")
 _DTYPE = re.compile(r"\.(bf16|f32|s8|u8|s4|u4|f8\w*|bf8|if8|e4m3\w*|e5m2)(\.|$)")
@@ -122,8 +121,7 @@ class Stretch:
     interest: tuple[int, ...] = ()  # bundles whose time of issue the executor asks for
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Record:
+class _Record(NamedTuple):
     """What one bundle needs and leaves."""
 
     needs: tuple[tuple[str, str], ...]  # (key, cause where its producer is not known)
@@ -159,6 +157,9 @@ _CAUSE_OF_CLASS = {
     "flag_read": "scalar",
 }
 
+# What all slots of an opcode share: (class, cause, latency, the rule of its unit); "alias" does nothing at all.
+_Plan = tuple[str, str, int, "Callable[[Issue, Slot, str, str, _Draft], None] | None"]
+
 
 class Issue:
     """Times stretches of one dump on one machine. Raises UnknownOpcode for what the machine has no figures for."""
@@ -169,6 +170,8 @@ class Issue:
         self._free = {b.address for b in dump.bundles if passed_over(b)} if machine.rule == "compiler" else set()
         self._results_of = _results_of(dump, machine)
         self.results = {slot.result for bundle in dump.bundles for slot in bundle.slots}
+        self._plans: dict[str, _Plan] = {}
+        self.records: list[_Record | None] = [None] * len(dump.bundles)
         self.stretches: list[Stretch] = []
         self.states: dict[tuple[object, ...], State] = {}
         self.start = self._intern({}, {}, {})
@@ -177,10 +180,6 @@ class Issue:
     def results_of(self, queue: str, shape: str) -> int:
         """How many pops belong to one vmatmul of that type, or to one transpose of that shape."""
         return self._results_of[queue, shape]
-
-    @cached_property
-    def records(self) -> list[_Record]:
-        return [self._record(bundle) for bundle in self.dump.bundles]
 
     def add(self, stretch: Stretch) -> int:
         """The stretch's number."""
@@ -191,6 +190,8 @@ class Issue:
 
     def run(self, number: int, state: State) -> Run:
         """The stretch's run from `state`; the executor looks up `state.get(number)` first."""
+        if not self.runs:
+            self._check_opcodes()
         stretch = self.stretches[number]
         ready, causes = dict(state.pending), dict(state.causes)
         queues = {name: list(times) for name, times in state.queues.items()}
@@ -200,7 +201,7 @@ class Issue:
         interest = set(stretch.interest)
         get = ready.get
         for address in stretch.bundles:
-            record = self.records[address]
+            record = self.records[address] or self._record(address)
             at, held = now, ""
             for key, cause in record.needs:
                 when = get(key, 0)
@@ -293,29 +294,42 @@ class Issue:
 
     # --- what a bundle needs and leaves ---
 
-    def _record(self, bundle: Bundle) -> _Record:
-        draft = _Draft()
+    def _check_opcodes(self) -> None:
+        """Raises UnknownOpcode where any bundle, also one that never runs, holds what the machine does not know."""
+        for bundle in self.dump.bundles:
+            for slot in bundle.slots:
+                if opcode_class(slot.opcode) is None:
+                    where = f"{self.dump.path.name}:{bundle.line}"
+                    raise UnknownOpcode(f"{where}: unknown vector instruction: {slot.opcode} {slot.rest}"[:300])
+
+    def _record(self, address: int) -> _Record:
+        bundle, draft = self.dump.bundles[address], _Draft()
+        needs = draft.needs
         for slot in bundle.slots:
-            if slot.opcode in ("sphi", "vphi") or slot.opcode.startswith(("inlined_call", "int_to_ptr")):
+            opcode, rest = slot.opcode, slot.rest
+            plan = self._plans.get(opcode)
+            if plan is None:
+                plan = self._plans[opcode] = self._plan(opcode)
+            kind, cause, latency, rule = plan
+            if kind == "alias":
                 continue
-            kind = opcode_class(slot.opcode)
-            if kind is None:
-                raise UnknownOpcode(
-                    f"{self.dump.path.name}:{bundle.line}: unknown vector instruction: {slot.opcode} {slot.rest}"[:300]
-                )
-            cause = _CAUSE_OF_CLASS.get(kind, "VALU")
-            operands = _GUARD.sub("", slot.rest)  # no cycle is counted between a predicate and what it guards
-            draft.needs += [(register, "VALU") for register in _REGISTER.findall(operands)]
-            named = _NAMED.findall(slot.rest)
-            draft.needs += [(name, cause) for name in named]
+            # no cycle is counted between a predicate and what it guards
+            operands = _OPERANDS.findall(_GUARD.sub("", rest) if "(" in rest else rest)
+            named = []
+            for register, name in operands:
+                if register:
+                    needs.append((register, "VALU"))
+                else:
+                    named.append(name)
+            if named:
+                needs += [(name, cause) for name in named]
             if kind in ("pop", "xlu_pop") and not self.results.issuperset(named):
-                raise self._nothing_to_pop(bundle.address, slot.rest)
-            if kind in _UNIT_RULES:
-                _UNIT_RULES[kind](self, slot, kind, _unit(slot), draft)
+                raise self._nothing_to_pop(bundle.address, rest)
+            if rule is not None:
+                rule(self, slot, kind, _unit(slot), draft)
             elif kind != "none" or slot.register is not None:
-                latency = self.machine.latency(kind) if kind != "none" else 1
                 draft.leaves.append((slot.register or slot.result, latency, cause))
-        return _Record(
+        record = self.records[address] = _Record(
             needs=tuple(draft.needs),
             pops=tuple(draft.pops),
             leaves=tuple(draft.leaves),
@@ -323,6 +337,16 @@ class Issue:
             shifts=tuple(draft.shifts),
             pushes=tuple(draft.pushes),
         )
+        return record
+
+    def _plan(self, opcode: str) -> _Plan:
+        if opcode in ("sphi", "vphi") or opcode.startswith(("inlined_call", "int_to_ptr")):
+            return "alias", "", 0, None
+        kind = opcode_class(opcode)
+        assert kind is not None  # all have been checked
+        rule = _UNIT_RULES.get(kind)
+        latency = 0 if rule else 1 if kind == "none" else self.machine.latency(kind)
+        return kind, _CAUSE_OF_CLASS.get(kind, "VALU"), latency, rule
 
 
 @dataclass(kw_only=True)
@@ -335,6 +359,11 @@ class _Draft:
     holds: list[tuple[str, int, str]] = field(default_factory=list)
     shifts: list[tuple[str, int]] = field(default_factory=list)
     pushes: list[tuple[str, int, int, int]] = field(default_factory=list)
+
+
+@cache
+def _units(opcode: str) -> list[str]:
+    return _UNIT.findall(opcode)
 
 
 def _unit(slot: Slot) -> str:
@@ -408,7 +437,7 @@ def _latch(issue: Issue, slot: Slot, kind: str, unit: str, draft: _Draft) -> Non
 def _mxu_pop(issue: Issue, slot: Slot, kind: str, unit: str, draft: _Draft) -> None:
     buffer = _MRB.search(slot.rest)
     if buffer is None:  # `vpop.add.s32.mrf.mxu0.mxu1` takes a result of each and adds them
-        draft.pops += _UNIT.findall(slot.opcode)
+        draft.pops += _units(slot.opcode)
     else:
         draft.needs.append((f"{unit}[{buffer[1]}]", "MXU"))
     if slot.register is not None:
@@ -490,7 +519,7 @@ def _results_of(dump: Dump, machine: Machine) -> dict[tuple[str, str], int]:
 
     for bundle in dump.bundles:
         for slot in bundle.slots:
-            units = _UNIT.findall(slot.opcode)
+            units = _units(slot.opcode)
             kind = opcode_class(slot.opcode) if units else None
             if kind == "mxu_pop":
                 pops.update(units)

@@ -4,9 +4,12 @@ Ops run one after the other, in the order of the scheduled HLO. An asynchronous 
 starts, so that moving work beside the kernel is never free.
 """
 
+import gc
 import glob
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -142,24 +145,42 @@ def module_cost(folder: Path, machine: Machine, integers: dict[int, np.ndarray])
     ops = parse_entry(hlo)
     by_name = {op.name: op for op in ops}
     dumps = _dumps_by_op(folder, hlo, by_name)
-    costs = []
+    with _no_collection():
+        return ModuleCost(ops=tuple(_costs(ops, dumps, machine, integers)), machine=machine)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """A schedule is hundreds of thousands of records; looking through them for cycles takes a third of the time."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def _costs(
+    ops: list[Op], dumps: dict[str, Path], machine: Machine, integers: dict[int, np.ndarray]
+) -> Iterator[OpCost]:
+    by_name = {op.name: op for op in ops}
     for op in ops:
         if op.opcode.removesuffix("-start") in COLLECTIVES:
-            costs.append(_collective(op, machine))
+            yield _collective(op, machine)
         elif op.name in dumps:
             values = {
                 i: words for i, name in enumerate(op.operands) if (words := _words(by_name, name, integers)) is not None
             }
-            costs.append(_executed(op, dumps[op.name], machine, values))
+            yield _executed(op, dumps[op.name], machine, values)
         elif op.opcode in ("copy-start", "slice-start"):
-            costs.append(_copied(op, machine))
+            yield _copied(op, machine)
         elif op.opcode == "copy" and "S(6)" in op.type:
-            costs.append(_scalar_copied(op, machine))
+            yield _scalar_copied(op, machine)
         elif op.opcode in _OF_SCALARS and _ONE_SCALAR.match(op.type):
-            costs.append(_scalar_computed(op, machine, [by_name[name] for name in op.operands if name in by_name]))
+            yield _scalar_computed(op, machine, [by_name[name] for name in op.operands if name in by_name])
         elif op.opcode not in _FREE and not any(f'"{target}"' in op.text for target in _FREE_CUSTOM_CALLS):
             raise ExecutionError(f"HLO op {op.name} ({op.opcode}) has no bundles and no known cost")
-    return ModuleCost(ops=tuple(costs), machine=machine)
 
 
 def _dumps_by_op(folder: Path, hlo: str, by_name: dict[str, Op]) -> dict[str, Path]:
@@ -239,10 +260,12 @@ def _scalar_copied(op: Op, machine: Machine) -> OpCost:
 
 
 def _scalar_computed(op: Op, machine: Machine, operands: list[Op]) -> OpCost:
-    """One scalar by the top-level program, in a bundle or two: its time is that of fetching what is not there yet."""
-    fetched = [o for o in operands if o.opcode != "constant" and "S(6)" not in o.type]
-    cost = _one_copy(op, machine, "hbm", "vmem", sum(_size_bytes(o, _SHAPE.findall(o.type)[0]) for o in fetched))
-    return replace(cost, cycles=cost.cycles if fetched else 1.0)
+    """One scalar by the top-level program, in a bundle or two: its time is that of fetching what is not there yet,
+    one operand after the other."""
+    fetched = {o.name: o for o in operands if o.opcode != "constant" and "S(6)" not in o.type}
+    sizes = [_size_bytes(o, _SHAPE.findall(o.type)[0]) for o in fetched.values()]
+    cycles = math.fsum(_one_copy(op, machine, "hbm", "vmem", size).cycles for size in sizes)
+    return replace(_one_copy(op, machine, "hbm", "vmem", sum(sizes)), cycles=cycles or 1.0)
 
 
 def _collective(op: Op, machine: Machine) -> OpCost:

@@ -7,16 +7,20 @@ Text that does not fit is an error with file and line, never skipped.
 
 import re
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 
 class ParseError(Exception):
     """A dump says something that this parser does not know."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Slot:
-    """One instruction: `%<id>_<register> = opcode rest`; `register` is None where the result is not a register."""
+class Slot(NamedTuple):
+    """One instruction: `%<id>_<register> = opcode rest`; `register` is None where the result is not a register.
+
+    A tuple, since a schedule has hundreds of thousands.
+    """
 
     register: str | None  # physical: s0, p3, v12, vm1
     result: str  # the compiler's own name of the result; FIFO pops refer to it
@@ -25,8 +29,7 @@ class Slot:
     source: tuple[str, int] | None = None  # base name and line of the Python expression that it comes from
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Bundle:
+class Bundle(NamedTuple):
     """The slots that issue in one cycle, and where the bundle stands."""
 
     address: int
@@ -67,7 +70,8 @@ _DIVISION_RESULT = re.compile(r"/\* (?:(loc\(\"[^\"]*\":[^()\"]*\)) :: )?(k(?:Di
 # Directly behind a slot, alone in its comment; elsewhere (a phi's operands, bounds checks) it says something else.
 _SOURCE = re.compile(r"/\* loc\(\"(?:[^\"]*/)?([^\"/\0]*)\":(\d+):[^()\"]*\) \*/")
 _BUNDLE = re.compile(r"^\s*(0x[0-9a-f]+|0)\s+([A-Z]{2})?\s*: ([> ]*)\{(.*)\}\s*$", re.S)
-_SLOT = re.compile(r"^%(\w+?)(?:_(s\d+|p\d+|vm\d+|v\d+))? = ([a-zA-Z][\w.\-]*)(.*)$", re.S)
+_SLOT = re.compile(r"(?:^|;; )%(\w+) = ([a-zA-Z][\w.\-]*)([^;]*(?:;(?!;)[^;]*)*)")
+_REGISTER = re.compile(r"(?:s|p|vm|v)\d+$")
 _REGION = re.compile(r"Start(/End empty)? region (\d+)")
 _REGION_START = re.compile(r"Start region (\d+)")
 _REGION_END = re.compile(r"End region (\d+)")
@@ -98,10 +102,10 @@ def parse_dump(path: Path) -> Dump:
                 line=line,
                 label=label or "",
                 depth=nesting.count(">"),
-                slots=tuple(_slot(path, line, text) for text in body.split(";;") if text.strip()),
-                regions=tuple(int(region) for _, region in _REGION.findall(comment)),
+                slots=_slots(path, line, body),
+                regions=tuple(int(region) for _, region in _REGION.findall(comment)) if comment else (),
                 opens_region="Start region" in comment,
-                ends=_earlier_ends(comment),
+                ends=_earlier_ends(comment) if comment else (),
             )
         )
     if not bundles:
@@ -115,16 +119,28 @@ def _earlier_ends(comment: str) -> tuple[int, ...]:
     return tuple(int(region) for region in _REGION_END.findall(comment) if region not in started)
 
 
-def _slot(path: Path, line: int, text: str) -> Slot:
-    source = None
-    if "\0" in text:  # code, file, line, code
-        parts = text.split("\0")
-        text, source = "".join(parts[::3]), (parts[1], int(parts[2]))
-    match = _SLOT.match(text.strip())
-    if match is None:
-        raise ParseError(f"{path.name}:{line}: not an instruction: {text.strip()[:120]!r}")
-    result, register, opcode, rest = match.groups()
-    return Slot(register=register, result=result, opcode=opcode, rest=" ".join(rest.split()), source=source)
+def _slots(path: Path, line: int, body: str) -> tuple[Slot, ...]:
+    text = " ".join(body.split())
+    found = _SLOT.findall(text)
+    if len(found) != (text.count(";;") + 1 if text else 0):
+        wrong = next((part.strip() for part in text.split(";;") if not _SLOT.fullmatch(part.strip())), text)
+        raise ParseError(f"{path.name}:{line}: not an instruction: {wrong[:120]!r}")
+    slots = []
+    for name, opcode, rest in found:
+        result, _, register = name.rpartition("_")
+        if not result or not _is_register(register):
+            result, register = name, None
+        source = None
+        if "\0" in rest:  # code, file, line, code
+            parts = rest.split("\0")
+            rest, source = " ".join("".join(parts[::3]).split()), (parts[1], int(parts[2]))
+        slots.append(Slot(register, result, opcode, rest.strip(), source))
+    return tuple(slots)
+
+
+@cache
+def _is_register(name: str) -> bool:
+    return _REGISTER.match(name) is not None
 
 
 def _division(match: re.Match[str]) -> str:
@@ -136,13 +152,20 @@ def _statements(path: Path) -> list[tuple[int, str, str]]:
     statements: list[tuple[int, list[str], list[str]]] = []
     depth = 0
     for number, raw in enumerate(path.read_text().splitlines(), 1):
-        text = _DIVISION_RESULT.sub(_division, _NAMED_ARGUMENT.sub(r" \1=", raw))
-        if "/* loc(" in text:
-            text = _SOURCE.sub("\0\\1\0\\2\0", text)
+        text = raw
+        if "/*" in raw:
+            names = _NAMED_ARGUMENT.split(raw)  # each second one is a name
+            names[1::2] = [f" {name}=" for name in names[1::2]]
+            text = _DIVISION_RESULT.sub(_division, "".join(names))
+            if "/* loc(" in text:
+                text = _SOURCE.sub("\0\\1\0\\2\0", text)
         if depth == 0:
             if _HEADER.match(text.strip()):
                 continue
             statements.append((number, [], []))
+            if "/*" not in text and "*/" not in text:
+                statements[-1][1].append(text)
+                continue
         try:
             code, comment, depth = split_comments(text, depth)
         except ParseError as error:

@@ -108,9 +108,6 @@ class Translator:
 
     # --- blocks ---
 
-    def blocks(self) -> dict[int, Block]:
-        return {address: self._block(address) for address in sorted(self.entries)}
-
     def _entries(self) -> set[int]:
         entries = {0}
         for bundle in self.dump.bundles:
@@ -151,7 +148,8 @@ class Translator:
         begins = self.dump.region_address
         return bool(bundle.slots) and any(begins.get(region, address + 1) <= address for region in bundle.ends)
 
-    def _block(self, entry: int) -> Block:
+    def block(self, entry: int) -> Block:
+        """The block that begins at one of `entries`. Raises Untranslatable where it holds what is not known."""
         block = _BlockSource(self.issue)
         branch: tuple[Bundle, Slot] | None = None
         remaining: list[int] = []
