@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from judge import jax_shims
 from judge.races import place_of
 
 
@@ -60,7 +61,7 @@ class Buffer:
 
     def __init__(self, aval: Any, values: np.ndarray | None = None) -> None:
         self.shape = tuple(int(n) for n in aval.shape)
-        self.space = str(getattr(aval, "memory_space", None) or "vmem").lower()
+        self.space = jax_shims.memory_space(aval)
         self.itemsize = int(getattr(aval.dtype, "itemsize", 4))
         self.steps = [math.prod(self.shape[i + 1 :]) for i in range(len(self.shape))]
         self.values: list[Any] | None = None

@@ -1,6 +1,7 @@
-"""What reference_fn gives where it is the same for every candidate of a lineage, kept from one experiment to the next.
+"""What the sealed file gives where it is the same for every candidate of a lineage, kept between experiments.
 
     .ratchet/expected/<key>/<set>.npz, key = SHA-256 of the sealed file, of what runs it and of the locked versions
+    .ratchet/expected/<key>/inputs/    shapes, integer inputs, FLOPs and bytes of the workloads
 
 Most of a check's time would go into computing again what the baseline's reference gave last time. An output that must
 agree to the bit is kept as its hash, so that a KV cache takes no room: one with that hash agrees, and for any other the
@@ -9,10 +10,12 @@ its private folder; the judge moves the files here, under a key that only the sa
 file is the lineage's baseline: a dry run, whose file is its own oracle, leaves nothing.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+import tempfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +24,7 @@ from typing import Any
 import numpy as np
 
 FOLDER = ".ratchet/expected"
+INPUTS = "inputs"
 SEALS = 2  # lineages whose outputs stay
 _MEANING = "meaning"
 
@@ -89,6 +93,19 @@ def install(new: Path, folder: Path) -> None:
     others = sorted((p for p in folder.parent.iterdir() if p.is_dir()), key=lambda p: p.stat().st_mtime)
     for old in others[:-SEALS]:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def keep_description(new: Path, kept: Path) -> None:
+    """Copies what oracle.py said of the sealed file's inputs, whole or not at all."""
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=kept.parent, prefix=".") as taken:
+        copied = Path(taken) / kept.name
+        copied.mkdir()
+        for path in (new / "result.json", *new.glob("*.npz")):
+            shutil.copyfile(path, copied / path.name)
+        shutil.rmtree(kept, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another judging was first
+            copied.rename(kept)
 
 
 def _bytes(output: np.ndarray) -> np.ndarray:

@@ -97,8 +97,12 @@ def shared_memories(params: dict[str, Any]) -> list[tuple[int, int]]:
 
 def is_whole(reference: Any) -> bool:
     """Whether a kernel's reference is the operand itself, not a block of it."""
-    space = str(getattr(reference, "memory_space", None) or "vmem").lower()
-    return "hbm" in space or "any" in space
+    return any(name in memory_space(reference) for name in ("hbm", "any"))
+
+
+def memory_space(reference: Any) -> str:
+    """`hbm`, `any`, `smem`, `vmem` …; a reference that names none is in VMEM."""
+    return str(getattr(reference, "memory_space", None) or "vmem").lower()
 
 
 def _sharing_memory(equation: Any) -> Any:

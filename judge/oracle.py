@@ -13,8 +13,9 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -163,36 +164,83 @@ def check(sealed: ModuleType, request: dict[str, Any]) -> dict[str, Any]:
     """Runs every workload's CPU artifact on every check set. Raises Mismatch."""
     from judge import expected
 
-    count = 0
-    asked = request["workloads"]
+    asked, secret = request["workloads"], request["secret"]
     # One at a time, in a thread that nothing waits for: a workload is checked while the next one is compiled.
     compiler = ThreadPoolExecutor(1)
     programs = {name: compiler.submit(_Program, name, workload) for name, workload in asked.items()}
-    for name, arguments in workloads_of(sealed).items():
-        if name not in asked:
-            continue
-        program = programs[name].result()
-        for label, (seed, changed) in check_sets(sealed, arguments, request["secret"]).items():
-            is_timed = label == TIMED
-            inputs = timed_inputs(sealed, changed, request["secret"]) if is_timed else inputs_of(sealed, seed, changed)
+    jobs = [
+        (name, label, seed, changed)
+        for name, arguments in workloads_of(sealed).items()
+        if name in asked
+        for label, (seed, changed) in check_sets(sealed, arguments, secret).items()
+    ]
+
+    def made(job: tuple[str, str, int, dict[str, Any]]) -> list[np.ndarray]:
+        _, label, seed, changed = job
+        return timed_inputs(sealed, changed, secret) if label == TIMED else inputs_of(sealed, seed, changed)
+
+    with _Beside() as beside:
+        for (name, label, seed, changed), inputs in _made_ahead(made, jobs):
+            program = programs[name].result()
             program.check_shapes(inputs, label)
             where = f"workload {name}, check {label!r}"
-            if is_timed:
-                _agree(sealed, program, inputs, where)
-            elif seed == request["secret"]:
-                got, want = _agree(sealed, program, inputs, where)
-                _probe(sealed, program, inputs, (got, want), request["secret"], where)
+            if label == TIMED:
+                _agree(sealed, program, inputs, where, beside)
+            elif seed == secret:
+                before = _agree(sealed, program, inputs, where, beside)
+                _probe(sealed, program, inputs, before, secret, where, beside)
             else:
                 kept = expected.file_name(name, label, seed, changed)
-                _agree_with_kept(sealed, program, inputs, where, (request.get("expected"), request["out"], kept))
-            count += 1
-    return {"status": "PASS", "checks": count}
+                _agree_with_kept(
+                    sealed, program, inputs, where, (request.get("expected"), request["out"], kept), beside
+                )
+    return {"status": "PASS", "checks": len(jobs)}
+
+
+def _made_ahead(make: Callable[[Any], Any], jobs: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
+    """(job, what `make` makes of it) in order, the next one made while this one is in work."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(make, jobs[0])
+        for i, job in enumerate(jobs):
+            one = coming.result()
+            if i + 1 < len(jobs):
+                coming = thread.submit(make, jobs[i + 1])
+            yield job, one
+
+
+class _Beside:
+    """Comparisons, one after the other, beside what runs the programs. The first that fails is what is raised."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1)
+        self._under_way: deque[Future[None]] = deque()
+
+    def __enter__(self) -> "_Beside":
+        return self
+
+    def submit(self, compare: Callable[[], None]) -> None:
+        self._under_way.append(self._thread.submit(compare))
+        while len(self._under_way) > 1:  # each holds its outputs
+            self._under_way.popleft().result()
+
+    def __exit__(self, *_: object) -> None:
+        """Also where a later program has failed: what was wrong before it comes first."""
+        try:
+            while self._under_way:
+                self._under_way.popleft().result()
+        finally:
+            self._thread.shutdown(cancel_futures=True)
 
 
 def _agree_with_kept(
-    sealed: ModuleType, program: "_Program", inputs: list[np.ndarray], where: str, kept: tuple[str | None, str, str]
+    sealed: ModuleType,
+    program: "_Program",
+    inputs: list[np.ndarray],
+    where: str,
+    kept: tuple[str | None, str, str],
+    beside: "_Beside",
 ) -> None:
-    """The same against the outputs kept in (folder to read, folder to write, name). Raises Mismatch."""
+    """The same against the outputs kept in (folder to read, folder to write, name)."""
     from judge import expected
 
     known, new, name = kept
@@ -203,7 +251,7 @@ def _agree_with_kept(
         tolerances = tolerances_of(sealed, len(want))
         exact = [_is_exact(w, tolerance) for w, tolerance in zip(want, tolerances, strict=True)]
         expected.save(Path(new) / name, program.tree, want, exact)
-    _compare_all(sealed, got, want, inputs, where)
+    beside.submit(lambda: _compare_all(sealed, got, want, inputs, where))
 
 
 class _Program:
@@ -239,12 +287,12 @@ class _Program:
 
 
 def _agree(
-    sealed: ModuleType, program: _Program, inputs: list[np.ndarray], where: str
+    sealed: ModuleType, program: _Program, inputs: list[np.ndarray], where: str, beside: _Beside
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """(got, expected) for these inputs. Raises Mismatch where they differ."""
+    """(got, expected) for these inputs; where they differ is found beside."""
     got = program(inputs, where)
     want = _reference(sealed, program, inputs, where)
-    _compare_all(sealed, got, want, inputs, where)
+    beside.submit(lambda: _compare_all(sealed, got, want, inputs, where))
     return got, want
 
 
@@ -280,19 +328,32 @@ def _probe(
     before: tuple[list[np.ndarray], list[np.ndarray]],
     secret: int,
     where: str,
+    beside: _Beside,
 ) -> None:
     """One slice of one input changed: the outputs must follow the oracle's, and stay to the bit where its stay.
 
-    Run twice, so that what depends on anything but the inputs shows. Raises Mismatch.
+    Run twice, so that what depends on anything but the inputs shows.
     """
     changed, what = _perturbed(inputs, np.random.default_rng(secret))
     if changed is None:
         return
     where = f"{where}, {what} changed"
-    got, want = _agree(sealed, program, changed, where)
+    got, want = _agree(sealed, program, changed, where, beside)
     again = program(changed, where)
     tolerances, lowest = tolerances_of(sealed, len(want)), lowest_precision(sealed, inputs)
-    for i, (g, g0, g2, w, w0) in enumerate(zip(got, before[0], again, want, before[1], strict=True)):
+    beside.submit(lambda: _check_probe(before, (got, want), again, (tolerances, lowest), where))
+
+
+def _check_probe(
+    before: tuple[list[np.ndarray], list[np.ndarray]],
+    after: tuple[list[np.ndarray], list[np.ndarray]],
+    again: list[np.ndarray],
+    precision: tuple[list[Any], str],
+    where: str,
+) -> None:
+    """Raises Mismatch where two runs differ, or where an output moved that the oracle's did not."""
+    (tolerances, lowest), outputs = precision, zip(after[0], before[0], again, after[1], before[1], strict=True)
+    for i, (g, g0, g2, w, w0) in enumerate(outputs):
         if _differ(g, g2).any():
             raise Mismatch(f"{where}, output {i}: two runs on the same inputs differ")
         rtol, atol = limits(tolerances[i], w, lowest)

@@ -1,5 +1,6 @@
 """judge/expected.py: what is kept of the oracle's outputs, and that it is used and cannot answer for another file."""
 
+import json
 from pathlib import Path
 
 import ml_dtypes
@@ -82,8 +83,8 @@ def test_the_next_experiment_uses_what_the_last_one_kept(tmp_path, monkeypatch):
     assert judged(tmp_path / "dry", sealed, sealed).status == "PASS"
     assert not folder.exists(), "a dry run's file is its own oracle"
     assert judged(tmp_path / "first", candidate, sealed).status == "PASS"
-    assert list(folder.iterdir())
-    for path in folder.iterdir():  # what is kept is wrong now: that it is used shows in the verdict
+    assert list(folder.glob("*.npz"))
+    for path in folder.glob("*.npz"):  # what is kept is wrong now: that it is used shows in the verdict
         with np.load(path) as file:
             data = {name: file[name] for name in file.files}
         data["0"] = np.frombuffer((data["0"].view(np.float32) + 1).tobytes(), np.uint8)
@@ -92,6 +93,31 @@ def test_the_next_experiment_uses_what_the_last_one_kept(tmp_path, monkeypatch):
     assert verdict.status == "FAIL_CORRECTNESS", verdict.reason
     assert judged(tmp_path / "again", candidate, sealed, anew=True).status == "PASS"  # and keeps what is right
     assert judged(tmp_path / "third", candidate, sealed).status == "PASS"
+
+
+def test_the_next_experiment_knows_the_inputs_of_the_last_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "ROOT", tmp_path)
+    (tmp_path / "requirements.lock").write_text("")
+    text = (Path(__file__).parent / "kernels" / "scaled_add.py").read_text()
+    sealed = contract.check_source(text.encode(), "kernel.py")
+    candidate = contract.check_source(text.encode() + b"# another file\n", "kernel.py")
+
+    def flops_per_second(folder, **options):
+        verdict = judged(tmp_path / folder, candidate, sealed, **options)
+        assert verdict.status == "PASS", verdict.reason
+        return verdict.total.tflops
+
+    first = flops_per_second("first")
+    path = expected.folder_of(tmp_path, sealed.text) / expected.INPUTS / "result.json"
+    said = json.loads(path.read_text())
+    for workload in said["workloads"].values():  # wrong now: that it is used shows in the figures
+        workload["flops"] /= 2
+    path.write_text(json.dumps(said))
+    assert flops_per_second("second") == first / 2
+    assert flops_per_second("again", anew=True) == first  # and keeps what is right
+    path.write_text("{")
+    assert flops_per_second("torn") == first
+    assert flops_per_second("last") == first
 
 
 def test_another_sealed_file_has_another_folder(tmp_path):

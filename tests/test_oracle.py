@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from judge import oracle
 from judge.oracle import (
     DEFAULT_TOLERANCE,
     SECRET,
@@ -260,3 +261,14 @@ def test_the_timed_scalars_are_checked_with_secret_data():
     checked = timed_inputs(file, {"n": 64}, 7)
     for array, of in zip(checked, (drawn[0], timed[1], drawn[2], timed[3]), strict=True):
         assert np.array_equal(array, of, equal_nan=array.dtype.kind == "f")
+
+
+def test_what_was_wrong_first_is_said_first():
+    """Comparisons run beside the programs: a program that fails later must not hide what one found before."""
+
+    def wrong():
+        raise oracle.Mismatch("the first set")
+
+    with pytest.raises(oracle.Mismatch, match="the first set"), oracle._Beside() as beside:
+        beside.submit(wrong)
+        raise oracle.ProgramError("the second set")

@@ -8,7 +8,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.extend import core
 
-from judge import jax_shims
+from judge import jax_shims, lower, wire
 from judge.strict import strictly
 
 SHAPE = (16, 128)
@@ -101,6 +101,30 @@ def test_an_input_reads_as_the_output_was_written(body):
     np.testing.assert_array_equal(on_cpu(program), np.asarray(want[0]))
     _, _, y = inputs()
     assert (np.asarray(want[0])[:8] != y[:8]).all()
+
+
+def test_what_cannot_be_told_is_a_refusal(tmp_path):
+    """The test of the loop reads the input, its body writes the output: the two are never seen together."""
+
+    def body(times, x, y, out, buffer):
+        def goes_on(i):
+            pltpu.sync_copy(top(y), buffer)
+            return i < buffer[0, 0].astype(jnp.int32)
+
+        def step(i):
+            add_one(out, x, buffer)
+            return i + 1
+
+        jax.lax.while_loop(goes_on, step, 0)
+
+    (tmp_path / "program").write_bytes(wire.dumps(traced(body)))
+    request = {
+        **{"out": str(tmp_path), "program": str(tmp_path / "program"), "kernel": "kernel.py", "topology": "v5e:2x2"},
+        "inputs": [{"shape": list(array.shape), "dtype": str(array.dtype)} for array in inputs()],
+        **{"flops": 1.0, "needs_pallas": True, "platforms": ["tpu", "cpu"]},
+    }
+    with pytest.raises(lower.Refusal, match=r"cannot be checked on the CPU: while takes an operand and the output"):
+        lower.lower(request)
 
 
 def test_blocks_have_a_memory_of_their_own():
