@@ -1218,10 +1218,11 @@ def _rpa_kernel(
 
 
 def _padded_heads(num_heads, dtype):
-    """The next number of heads that fills words and whole tiles of them; what the models have needs no padding."""
+    """The next number of heads that fills words and whole tiles of them, as XLA has them in HBM: 8 rows of 32 or 16
+    bits. What the models have needs no padding, which would be copies of all queries and of the output."""
     heads_per_word = 4 // dtype.itemsize
-    words = -(-num_heads // heads_per_word)
-    return heads_per_word * (_align(words, 8) if words > 4 else 1 << (words - 1).bit_length())
+    words, tile = -(-num_heads // heads_per_word), 4 if heads_per_word == 2 else 8
+    return heads_per_word * (_align(words, tile) if words > 4 else 1 << (words - 1).bit_length())
 
 
 def ragged_paged_attention(
