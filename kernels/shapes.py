@@ -38,8 +38,6 @@ SHAPES = (
     Shape(name="llama-70b prefill 8k", batch="prefill", context=8192, num_seqs=1, num_q_heads=64),
     Shape(name="40/8 decode 8k", batch="decode", context=8192, num_seqs=32, num_q_heads=40),
     Shape(name="40/8 prefill 8k", batch="prefill", context=8192, num_seqs=1, num_q_heads=40),
-    Shape(name="d 64 decode 8k", batch="decode", context=8192, num_seqs=32, head_dim=64),
-    Shape(name="d 64 prefill 8k", batch="prefill", context=8192, num_seqs=1, head_dim=64),
     Shape(
         name="d 256 decode 8k", batch="decode", context=8192, num_seqs=32, num_q_heads=16, num_kv_heads=4, head_dim=256
     ),
