@@ -1,4 +1,4 @@
-"""judge/expected.py: what is kept of the oracle's outputs, and that it is used and cannot answer for another file."""
+"""judge/expected.py: what is kept of the sealed file's inputs and outputs, that it is used, and for no other file."""
 
 import json
 from pathlib import Path

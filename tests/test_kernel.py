@@ -269,6 +269,8 @@ SHAPES = {
     "group 1 bfloat16": dataclasses.replace(BASE, group=1, dtype=BF16),
     "group 4 bfloat16": dataclasses.replace(BASE, group=4, dtype=BF16),
     "group 8 bfloat16": dataclasses.replace(BASE, group=8, kv_heads=1, dtype=BF16),
+    "20 query heads": dataclasses.replace(BASE, group=5, kv_heads=4, dtype=BF16),  # padded to 24
+    "40 query heads": dataclasses.replace(BASE, group=5, kv_heads=8, dtype=BF16),
     "three KV heads": dataclasses.replace(BASE, kv_heads=3, dtype=BF16),
     "page 32": dataclasses.replace(BASE, page=32, pages=12, pages_per_seq=2),
     "page 8": dataclasses.replace(BASE, page=8, pages=48, pages_per_seq=8),
@@ -363,6 +365,12 @@ def test_a_decode_s_block_has_as_many_bytes_whatever_a_token_has(monkeypatch):
     assert kernel._decode_block_tokens(1 << 24, 128) == 128  # never less than a page
     monkeypatch.setattr(kernel, "_generation", lambda: 7)
     assert kernel._decode_block_tokens(4096, 32) == 2048
+
+
+def test_heads_are_padded_to_whole_tiles_of_8_rows():
+    heads = {BF16: (1, 3, 8, 10, 20, 32, 40, 64), F32: (1, 3, 4, 8, 12, 40)}
+    padded = {dtype: tuple(kernel._padded_heads(n, jnp.dtype(dtype)) for n in heads[dtype]) for dtype in heads}
+    assert padded == {BF16: (2, 4, 8, 16, 24, 32, 40, 64), F32: (1, 4, 4, 8, 16, 40)}
 
 
 def test_values_do_not_leak_between_sequences():

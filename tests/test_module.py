@@ -116,11 +116,11 @@ def test_a_scalar_of_the_top_level_program_costs_the_fetch_of_its_operands(tmp_p
     entry = "  %k = s32[]{:T(128)} constant(8)\n  %b = s32[]{:T(128)} bitcast(%a)\n"
     entry += "  %n = s32[]{:T(128)S(6)} add(%b, %k)\n  %m = s32[]{:T(128)S(6)} select(%n, %n, %n)\n"
     entry += "  %d = s32[]{:T(128)} bitcast(%a)\n  %o = s32[]{:T(128)S(6)} select(%b, %d, %b)\n"
-    none, one, two = (cost.cycles for cost in sorted(cost_of(tmp_path, entry).ops, key=lambda cost: cost.cycles))
+    first, second, third = cost_of(tmp_path, entry).ops
     read = V5E.dma["hbm_to_vmem"]
-    assert none == 1
-    assert one == read.latency_cycles + 4 / read.bytes_per_cycle
-    assert two == 2 * one
+    assert first.cycles == read.latency_cycles + 4 / read.bytes_per_cycle
+    assert second.cycles == 1
+    assert third.cycles == 2 * first.cycles
 
 
 @pytest.mark.parametrize(
