@@ -1,15 +1,14 @@
 """The one message that a worker hands to the judge: fixed in form, limited in size, complete or nothing.
 
-    8 bytes: length of the header    header: JSON    the workloads' traced programs, one after the other
+    8 bytes: length of the header    header: JSON    the traced program
 
-The header is {"status": …, "reason": …, "workloads": {name: {"tree": …, "bytes": …}}}. It comes through a pipe that
-nothing else is written to. Whatever else arrives is no message.
+The header is {"status": …, "reason": …, "tree": …, "bytes": …}, with the program's size; only with PASS is there one.
+It comes through a pipe that nothing else is written to. Whatever else arrives is no message.
 """
 
 import json
 import os
 import struct
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 MAX_HEADER_BYTES = 1 << 20
@@ -24,21 +23,20 @@ class ChannelError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Message:
-    """What the worker reports: a status, and for PASS every workload's output tree and traced program."""
+    """What the worker reports: a status, and for PASS the workload's output tree and traced program."""
 
     status: str
     reason: str = ""
-    trees: Mapping[str, str]
-    programs: Mapping[str, bytes]
+    tree: str = ""
+    program: bytes = b""
 
 
 def send(descriptor: int, message: Message) -> None:
     """Writes the message and closes the pipe."""
-    workloads = {n: {"tree": message.trees[n], "bytes": len(data)} for n, data in message.programs.items()}
-    header = json.dumps({"status": message.status, "reason": message.reason[:MAX_REASON], "workloads": workloads})
-    encoded = header.encode(errors="replace")
+    told = {"status": message.status, "reason": message.reason[:MAX_REASON], "tree": message.tree}
+    encoded = json.dumps(told | {"bytes": len(message.program)}).encode(errors="replace")
     with os.fdopen(descriptor, "wb") as pipe:
-        pipe.write(struct.pack("<Q", len(encoded)) + encoded + b"".join(message.programs.values()))
+        pipe.write(struct.pack("<Q", len(encoded)) + encoded + message.program)
 
 
 def receive(descriptor: int) -> bytes:
@@ -51,8 +49,8 @@ def receive(descriptor: int) -> bytes:
     return b"".join(parts)
 
 
-def parse(data: bytes, names: list[str]) -> Message:
-    """The message, for exactly these workloads. Raises ChannelError."""
+def parse(data: bytes) -> Message:
+    """Raises ChannelError."""
     if len(data) > MAX_MESSAGE_BYTES:
         raise ChannelError(f"more than {MAX_MESSAGE_BYTES} bytes came")
     (size,) = struct.unpack("<Q", data[:8]) if len(data) >= 8 else (0,)
@@ -60,21 +58,15 @@ def parse(data: bytes, names: list[str]) -> Message:
         raise ChannelError("no message came" if not data else "what came is no message")
     try:
         header = json.loads(data[8 : 8 + size])
-        status, reason, workloads = header["status"], header["reason"], header["workloads"]
-        if not isinstance(status, str) or not isinstance(reason, str) or not isinstance(workloads, dict):
-            raise TypeError("status, reason or workloads")
-        sizes = {name: workloads[name]["bytes"] for name in (names if status == "PASS" else ())}
-        trees = {name: workloads[name]["tree"] for name in sizes}
-    except (ValueError, KeyError, TypeError, RecursionError):
+        told = {name: header.pop(name) for name in ("status", "reason", "tree")}
+        count = header.pop("bytes")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ChannelError("the message is not of the known form") from None
-    if not all(type(n) is int and n > 0 for n in sizes.values()) or not all(isinstance(t, str) for t in trees.values()):
+    program = data[8 + size :]
+    if header or not all(isinstance(text, str) for text in told.values()) or len(told["reason"]) > MAX_REASON:
         raise ChannelError("the message is not of the known form")
-    if list(workloads) != list(sizes) or 8 + size + sum(sizes.values()) != len(data) or len(reason) > MAX_REASON:
+    if type(count) is not int or count != len(program) or bool(count) != (told["status"] == "PASS"):
         raise ChannelError("the message is not of the known form")
-    if any(len(tree) > MAX_TREE for tree in trees.values()):
+    if len(told["tree"]) > MAX_TREE:
         raise ChannelError("the description of the outputs is too long")
-    programs, at = {}, 8 + size
-    for name, count in sizes.items():
-        programs[name] = data[at : at + count]
-        at += count
-    return Message(status=status, reason=reason, trees=trees, programs=programs)
+    return Message(**told, program=program)

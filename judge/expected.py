@@ -80,32 +80,44 @@ def load(path: Path, got: Sequence[np.ndarray], tree: str) -> list[np.ndarray] |
 
 
 def install(new: Path, folder: Path) -> None:
-    """Moves what oracle.py wrote to `new` into `folder`, and forgets the lineages before the last two."""
-    files = sorted(new.glob("*.npz")) if new.is_dir() else []
-    if not files:
-        return
+    """Moves what oracle.py wrote to `new` into `folder`."""
+    with contextlib.suppress(FileNotFoundError):  # another judging, of another lineage, forgot this one meanwhile
+        for path in sorted(new.glob("*.npz")):
+            folder.mkdir(parents=True, exist_ok=True)
+            taken = folder / f".{os.getpid()}-{path.name}"
+            shutil.copyfile(path, taken)  # .ratchet may be another file system than the private folder
+            os.replace(taken, folder / path.name)
+    _forget_but_the_last(folder)
+
+
+def keep_description(new: Path, folder: Path) -> None:
+    """Copies what oracle.py said of the sealed file's inputs into `folder`, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    for path in files:
-        taken = folder / f".{os.getpid()}-{path.name}"  # .ratchet may be another file system than the private folder
-        shutil.copyfile(path, taken)
-        os.replace(taken, folder / path.name)
-    os.utime(folder)
-    others = sorted((p for p in folder.parent.iterdir() if p.is_dir()), key=lambda p: p.stat().st_mtime)
-    for old in others[:-SEALS]:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def keep_description(new: Path, kept: Path) -> None:
-    """Copies what oracle.py said of the sealed file's inputs, whole or not at all."""
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=kept.parent, prefix=".") as taken:
-        copied = Path(taken) / kept.name
+    with contextlib.suppress(OSError), tempfile.TemporaryDirectory(dir=folder, prefix=".") as taken:
+        copied = Path(taken) / INPUTS
         copied.mkdir()
         for path in (new / "result.json", *new.glob("*.npz")):
             shutil.copyfile(path, copied / path.name)
-        shutil.rmtree(kept, ignore_errors=True)
-        with contextlib.suppress(OSError):  # another judging was first
-            copied.rename(kept)
+        shutil.rmtree(folder / INPUTS, ignore_errors=True)
+        copied.rename(folder / INPUTS)  # fails where another judging was first
+    _forget_but_the_last(folder)
+
+
+def kept_description(folder: Path, new: Path) -> bool:
+    """Whether `folder` has what oracle.py said of the sealed file's inputs, and `new` is a copy of it now."""
+    with contextlib.suppress(OSError):
+        shutil.copytree(folder / INPUTS, new, dirs_exist_ok=True)
+        return True
+    return False
+
+
+def _forget_but_the_last(folder: Path) -> None:
+    """Of what is kept, the lineages before the last two; `folder` is the last."""
+    with contextlib.suppress(FileNotFoundError):
+        os.utime(folder)
+        lineages = sorted((p for p in folder.parent.iterdir() if p.is_dir()), key=lambda p: p.stat().st_mtime)
+        for old in lineages[:-SEALS]:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _bytes(output: np.ndarray) -> np.ndarray:

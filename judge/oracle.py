@@ -13,7 +13,6 @@ import hashlib
 import json
 import math
 import sys
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -165,6 +164,7 @@ def check(sealed: ModuleType, request: dict[str, Any]) -> dict[str, Any]:
     from judge import expected
 
     asked, secret = request["workloads"], request["secret"]
+    known, new = request.get("expected"), Path(request["out"])
     # One at a time, in a thread that nothing waits for: a workload is checked while the next one is compiled.
     compiler = ThreadPoolExecutor(1)
     programs = {name: compiler.submit(_Program, name, workload) for name, workload in asked.items()}
@@ -183,17 +183,14 @@ def check(sealed: ModuleType, request: dict[str, Any]) -> dict[str, Any]:
         for (name, label, seed, changed), inputs in _made_ahead(made, jobs):
             program = programs[name].result()
             program.check_shapes(inputs, label)
-            where = f"workload {name}, check {label!r}"
+            one = _CheckSet(sealed, program, inputs, f"workload {name}, check {label!r}", beside)
             if label == TIMED:
-                _agree(sealed, program, inputs, where, beside)
+                one.agree()
             elif seed == secret:
-                before = _agree(sealed, program, inputs, where, beside)
-                _probe(sealed, program, inputs, before, secret, where, beside)
+                one.agree_and_follow(secret)
             else:
                 kept = expected.file_name(name, label, seed, changed)
-                _agree_with_kept(
-                    sealed, program, inputs, where, (request.get("expected"), request["out"], kept), beside
-                )
+                one.agree_with_kept(Path(known) / kept if known else None, new / kept)
     return {"status": "PASS", "checks": len(jobs)}
 
 
@@ -213,45 +210,27 @@ class _Beside:
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1)
-        self._under_way: deque[Future[None]] = deque()
+        self._under_way: Future[None] | None = None
 
     def __enter__(self) -> "_Beside":
         return self
 
     def submit(self, compare: Callable[[], None]) -> None:
-        self._under_way.append(self._thread.submit(compare))
-        while len(self._under_way) > 1:  # each holds its outputs
-            self._under_way.popleft().result()
+        """Begins one, when the last has ended: each holds its outputs."""
+        self._end()
+        self._under_way = self._thread.submit(compare)
+
+    def _end(self) -> None:
+        ending, self._under_way = self._under_way, None
+        if ending is not None:
+            ending.result()
 
     def __exit__(self, *_: object) -> None:
         """Also where a later program has failed: what was wrong before it comes first."""
         try:
-            while self._under_way:
-                self._under_way.popleft().result()
+            self._end()
         finally:
-            self._thread.shutdown(cancel_futures=True)
-
-
-def _agree_with_kept(
-    sealed: ModuleType,
-    program: "_Program",
-    inputs: list[np.ndarray],
-    where: str,
-    kept: tuple[str | None, str, str],
-    beside: "_Beside",
-) -> None:
-    """The same against the outputs kept in (folder to read, folder to write, name)."""
-    from judge import expected
-
-    known, new, name = kept
-    got = program(inputs, where)
-    want = expected.load(Path(known) / name, got, program.tree) if known else None
-    if want is None:
-        want = _reference(sealed, program, inputs, where)
-        tolerances = tolerances_of(sealed, len(want))
-        exact = [_is_exact(w, tolerance) for w, tolerance in zip(want, tolerances, strict=True)]
-        expected.save(Path(new) / name, program.tree, want, exact)
-    beside.submit(lambda: _compare_all(sealed, got, want, inputs, where))
+            self._thread.shutdown()
 
 
 class _Program:
@@ -286,29 +265,72 @@ class _Program:
             return [np.asarray(leaf) for leaf in jax.tree.leaves(got)]
 
 
-def _agree(
-    sealed: ModuleType, program: _Program, inputs: list[np.ndarray], where: str, beside: _Beside
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """(got, expected) for these inputs; where they differ is found beside."""
-    got = program(inputs, where)
-    want = _reference(sealed, program, inputs, where)
-    beside.submit(lambda: _compare_all(sealed, got, want, inputs, where))
-    return got, want
+class _CheckSet:
+    """One check set of one workload: the program's outputs against the oracle's; where they differ is found beside."""
 
+    def __init__(
+        self, sealed: ModuleType, program: _Program, inputs: list[np.ndarray], where: str, beside: _Beside
+    ) -> None:
+        self._sealed = sealed
+        self._program = program
+        self._inputs = inputs
+        self._where = where
+        self._beside = beside
 
-def _reference(sealed: ModuleType, program: _Program, inputs: list[np.ndarray], where: str) -> list[np.ndarray]:
-    """The oracle's outputs. Raises Mismatch where the program's have another tree."""
-    import jax
+    def agree(self) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """(got, expected)"""
+        got, want = self._run(), self._reference()
+        self._compare(got, lambda: want)
+        return got, want
 
-    from judge.worker import work
+    def agree_with_kept(self, known: Path | None, new: Path) -> None:
+        """The same against the outputs kept in `known`; those that are not kept yet are left in `new`."""
+        got = self._run()
+        self._compare(got, lambda: self._kept(got, known, new))
 
-    # What kernel_fn gets on a chip: NumPy's own promotion would make float64 of int32 × float32.
-    with work():
-        leaves, tree = jax.tree.flatten(sealed.reference_fn(*map(jax.numpy.asarray, inputs)))
-        want = [np.asarray(leaf) for leaf in leaves]
-    if str(tree) != program.tree:
-        raise Mismatch(f"{where}: kernel_fn returns {program.tree}, reference_fn {tree}")
-    return want
+    def _kept(self, got: list[np.ndarray], known: Path | None, new: Path) -> list[np.ndarray]:
+        from judge import expected
+
+        want = expected.load(known, got, self._program.tree) if known else None
+        if want is None:
+            want = self._reference()
+            tolerances = tolerances_of(self._sealed, len(want))
+            exact = [_is_exact(w, tolerance) for w, tolerance in zip(want, tolerances, strict=True)]
+            expected.save(new, self._program.tree, want, exact)
+        return want
+
+    def agree_and_follow(self, secret: int) -> None:
+        """And with one slice of one input changed: outputs must follow the oracle's, and stay to the bit where its
+        stay. Run twice, so that what depends on anything but the inputs shows."""
+        before = self.agree()
+        changed, what = _perturbed(self._inputs, np.random.default_rng(secret))
+        if changed is None:
+            return
+        where = f"{self._where}, {what} changed"
+        other = _CheckSet(self._sealed, self._program, changed, where, self._beside)
+        after, again = other.agree(), other._run()
+        precision = tolerances_of(self._sealed, len(after[1])), lowest_precision(self._sealed, self._inputs)
+        self._beside.submit(lambda: _check_probe(before, after, again, precision, where))
+
+    def _compare(self, got: list[np.ndarray], want: Callable[[], list[np.ndarray]]) -> None:
+        self._beside.submit(lambda: _compare_all(self._sealed, got, want(), self._inputs, self._where))
+
+    def _run(self) -> list[np.ndarray]:
+        return self._program(self._inputs, self._where)
+
+    def _reference(self) -> list[np.ndarray]:
+        """The oracle's outputs. Raises Mismatch where the program's have another tree."""
+        import jax
+
+        from judge.worker import work
+
+        # What kernel_fn gets on a chip: NumPy's own promotion would make float64 of int32 × float32.
+        with work():
+            leaves, tree = jax.tree.flatten(self._sealed.reference_fn(*map(jax.numpy.asarray, self._inputs)))
+            want = [np.asarray(leaf) for leaf in leaves]
+        if str(tree) != self._program.tree:
+            raise Mismatch(f"{self._where}: kernel_fn returns {self._program.tree}, reference_fn {tree}")
+        return want
 
 
 def _compare_all(
@@ -319,29 +341,6 @@ def _compare_all(
     tolerances, lowest = tolerances_of(sealed, len(want)), lowest_precision(sealed, inputs)
     for i, (g, w) in enumerate(zip(got, want, strict=True)):
         compare(g, w, tolerances[i], lowest, f"{where}, output {i}")
-
-
-def _probe(
-    sealed: ModuleType,
-    program: _Program,
-    inputs: list[np.ndarray],
-    before: tuple[list[np.ndarray], list[np.ndarray]],
-    secret: int,
-    where: str,
-    beside: _Beside,
-) -> None:
-    """One slice of one input changed: the outputs must follow the oracle's, and stay to the bit where its stay.
-
-    Run twice, so that what depends on anything but the inputs shows.
-    """
-    changed, what = _perturbed(inputs, np.random.default_rng(secret))
-    if changed is None:
-        return
-    where = f"{where}, {what} changed"
-    got, want = _agree(sealed, program, changed, where, beside)
-    again = program(changed, where)
-    tolerances, lowest = tolerances_of(sealed, len(want)), lowest_precision(sealed, inputs)
-    beside.submit(lambda: _check_probe(before, (got, want), again, (tolerances, lowest), where))
 
 
 def _check_probe(
@@ -463,8 +462,7 @@ def compare(got: np.ndarray, want: np.ndarray, tolerance: Any, lowest: str, wher
         raise Mismatch(
             f"{where}: kernel_fn gives {got.dtype}{list(got.shape)}, reference_fn {want.dtype}{list(want.shape)}"
         )
-    bits = f"u{got.dtype.itemsize}" if got.dtype.itemsize in (1, 2, 4, 8) else got.dtype
-    if np.array_equal(np.ascontiguousarray(got).view(bits), np.ascontiguousarray(want).view(bits)):
+    if np.array_equal(_in_words(got), _in_words(want)):
         return
     if _is_exact(got, tolerance):
         differ = _differ(got, want)  # -0.0 is not 0.0
@@ -487,6 +485,12 @@ def compare(got: np.ndarray, want: np.ndarray, tolerance: Any, lowest: str, wher
         bad = finite & (np.abs(g - w) > atol + rtol * np.abs(w))
     if bad.any():
         _report(bad, got, want, f"{where}: off by more than {atol:.3g} + {rtol:.3g} × |expected|")
+
+
+def _in_words(array: np.ndarray) -> np.ndarray:
+    """Its bytes, eight at a time where they come so."""
+    flat: np.ndarray = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    return flat if flat.size % 8 else flat.view(np.uint64)
 
 
 def _all_close(got: np.ndarray, want: np.ndarray, rtol: float, atol: float, wide: Any) -> bool:

@@ -55,7 +55,7 @@ class Failed(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Wall-clock seconds that a stage may take; the compiler, for each workload."""
+    """Wall-clock seconds that a stage may take; tracing, lowering and the compiler, for each workload."""
 
     trace_seconds: float = 120.0
     compile_seconds: float = 400.0
@@ -130,6 +130,8 @@ class Judging:
         self._secret = 0
         self._platforms: tuple[str, ...] = ("tpu", "cpu")
         self.champion_ms: dict[str, float] = {}  # chip mode: the champion's times in this very run
+        self._is_dry = task.sealed is task.candidate  # the file is its own oracle: nothing of it is kept
+        self._kept = expected.folder_of(ROOT, task.sealed.text)
         sandbox.prepare()
 
     def run(self, is_known: Callable[[str], str | None] = lambda program: None) -> Verdict:
@@ -183,21 +185,19 @@ class Judging:
         self._work.append((started, time.monotonic()))
 
     def _describe(self) -> dict[str, Any]:
-        dry = self.task.sealed is self.task.candidate  # then this imports the kernel file for the first time
-        kept = None
-        if not (dry or self.task.workloads):
-            kept = expected.folder_of(ROOT, self.task.sealed.text) / expected.INPUTS
+        folder = self._subfolder("describe")
+        is_kept = not self._is_dry and not self.task.workloads  # a dry run imports the kernel file here first
         with self._stage("inputs", "inputs: shapes, lengths and bounds"):
-            if kept and not self.task.anew and (found := _read_result(kept / "result.json")):
-                shutil.copytree(kept, self._subfolder("describe"), dirs_exist_ok=True)
-                known: dict[str, Any] = found["workloads"]
-                return known
-            request = {"do": "describe", "workloads": list(self.task.workloads)}
-            limit = self.task.limits.trace_seconds if dry else self.task.limits.check_seconds
-            started = self._start_oracle("describe", request)
-            described: dict[str, Any] = self._finish(started, limit)["workloads"]
-            if kept:
-                expected.keep_description(started[1], kept)
+            result = None
+            if is_kept and not self.task.anew and expected.kept_description(self._kept, folder):
+                result = _read_result(folder / "result.json")
+            if result is None:
+                request = {"do": "describe", "workloads": list(self.task.workloads)}
+                limit = self.task.limits.trace_seconds if self._is_dry else self.task.limits.check_seconds
+                result = self._finish(self._start_oracle("describe", request), limit)
+                if is_kept:
+                    expected.keep_description(folder, self._kept)
+            described: dict[str, Any] = result["workloads"]
             return described
 
     def _trace(self, described: dict[str, Any]) -> dict[str, Any]:
@@ -205,46 +205,47 @@ class Judging:
             return self._trace_source(self.task.candidate, "trace", described)
 
     def _trace_source(self, source: contract.Source, label: str, described: dict[str, Any]) -> dict[str, Any]:
-        folder = self._subfolder(label)
-        kernel = folder / "kernel.py"
-        kernel.write_text(source.text)
-        inputs = {name: workload["inputs"] for name, workload in described.items()}
-        request: dict[str, Any] = {"kernel": str(kernel), "topology": self.task.chip.topology, "workloads": inputs}
-        message = self._handed_over(folder, request, list(described))
+        """Each workload in a worker of its own, and lowered while the next one is traced."""
+        trees: dict[str, str] = {}
+        lowering: dict[str, tuple[Process, Path]] = {}
         traced: dict[str, Any] = {}
-        lowering = {
-            name: self._lower(self._subfolder(f"{label}-{name}"), name, message.programs[name], workload, request)
-            for name, workload in described.items()
-        }
         try:
+            for name, workload in described.items():
+                folder = self._subfolder(f"{label}-{name}")
+                kernel = folder / "kernel.py"
+                kernel.write_text(source.text)
+                request = {
+                    "kernel": str(kernel),
+                    "topology": self.task.chip.topology,
+                    "workload": name,
+                    "inputs": workload["inputs"],
+                }
+                message = self._handed_over(folder, request)
+                trees[name] = message.tree
+                lowering[name] = self._lower(
+                    self._subfolder(f"{folder.name}-lowered"), message.program, request | {"flops": workload["flops"]}
+                )
             for name, started in lowering.items():
                 donated = self._finish(started, self.task.limits.trace_seconds)["donated"]
                 lowered = {platform: str(started[1] / platform) for platform in self._platforms}
                 program = str(started[1] / PROGRAM)
-                traced[name] = {"tree": message.trees[name], "donated": donated, "program": program, **lowered}
+                traced[name] = {"tree": trees[name], "donated": donated, "program": program, **lowered}
         finally:
             for process, _ in lowering.values():
                 process.kill()
         return traced
 
-    def _lower(
-        self, folder: Path, name: str, program: bytes, workload: dict[str, Any], request: dict[str, Any]
-    ) -> tuple[Process, Path]:
+    def _lower(self, folder: Path, program: bytes, request: dict[str, Any]) -> tuple[Process, Path]:
         """Starts the lowering of one workload's program, in a folder that no kernel file has a way to write."""
         (folder / PROGRAM).write_bytes(program)
-        asked = {
-            "kernel": request["kernel"],
-            "topology": request["topology"],
-            "workload": name,
+        asked = request | {
             "program": str(folder / PROGRAM),
-            "inputs": workload["inputs"],
-            "flops": workload["flops"],
             "needs_pallas": NO_PALLAS not in self.task.sealed.needs,
             "platforms": self._platforms,
         }
         return self._start("lower.py", folder, asked)
 
-    def _handed_over(self, folder: Path, request: dict[str, Any], names: list[str]) -> channel.Message:
+    def _handed_over(self, folder: Path, request: dict[str, Any]) -> channel.Message:
         """What the worker reports. Raises Failed where there is nothing, or it is not what worker.py sends."""
         pipe = os.pipe()
         process, _ = self._start("worker.py", folder, {**request, "channel": pipe[1]}, pipe)
@@ -255,7 +256,7 @@ class Judging:
             limit = self.task.limits.trace_seconds
             raise Failed("FAIL_TIMEOUT", f"worker.py took more than {limit:g} s: {stage}")
         try:
-            message = channel.parse(finished.handed_over, names)
+            message = channel.parse(finished.handed_over)
         except channel.ChannelError as error:
             tail = finished.log_tail.strip().splitlines()[-1:] or ["it printed nothing"]
             told = f"{stage}: worker.py ended with code {finished.returncode} and no result ({error}): {tail[0][:500]}"
@@ -273,9 +274,8 @@ class Judging:
         # Drawn now that the artifacts exist, so that nothing in them can depend on it.
         self._secret = secrets.randbits(31)
         request = {"do": "check", "workloads": self._artifacts(traced, "cpu"), "secret": self._secret}
-        kept = expected.folder_of(ROOT, self.task.sealed.text)
-        if kept.is_dir() and not self.task.anew:
-            request["expected"] = str(kept)
+        if self._kept.is_dir() and not self.task.anew:
+            request["expected"] = str(self._kept)
         checking = self._start_oracle("check", request)
         try:
             if self.task.mode == "model" or self.task.device == "tpu":
@@ -289,8 +289,8 @@ class Judging:
             try:
                 with self._stage("correctness", "correctness: the CPU program against the oracle"):
                     self._finish(checking, self.task.limits.check_seconds)
-                if self.task.sealed is not self.task.candidate:
-                    expected.install(checking[1], kept)
+                if not self._is_dry:
+                    expected.install(checking[1], self._kept)
                 with self._stage("races", "races: the strict interpreter on one small check set a workload"):
                     self._finish(racing, self.task.limits.check_seconds)
             finally:
@@ -463,7 +463,7 @@ class Judging:
         script, stage = process.name, _STAGE_OF[process.name]
         finished = process.wait(limit_seconds)
         # Before the candidate's programs exist, oracle.py runs the sealed file alone.
-        blameless = script == "oracle.py" and folder.name == "describe" and self.task.sealed is not self.task.candidate
+        blameless = script == "oracle.py" and folder.name == "describe" and not self._is_dry
         if finished.timed_out:
             message = f"{script} took more than {limit_seconds:g} s: {stage}"
             raise CannotJudge(message) if blameless else Failed("FAIL_TIMEOUT", message)
@@ -479,7 +479,7 @@ class Judging:
         if status == "UNKNOWN" and script == "oracle.py":
             raise CannotJudge(reason)
         if status == "SEAL" and script == "oracle.py":
-            if self.task.sealed is self.task.candidate:
+            if self._is_dry:
                 raise Failed(result["blame"], reason)
             raise CannotJudge(f"the lineage's baseline cannot be used as the oracle: {reason}")
         if status != decide.PASS:

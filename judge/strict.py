@@ -30,10 +30,12 @@ def strictly(program: Any, inputs: list[Any], where: str) -> list[Any] | None:
     from jax.extend import core
 
     from judge import jax_shims
+    from judge.worker import work
 
     try:
-        lowered = jax.jit(core.jaxpr_as_fun(jax_shims.strict(program))).lower(*inputs)
-        run = lowered.compile(compiler_options=jax_shims.in_haste(inputs))
+        with work():
+            lowered = jax.jit(core.jaxpr_as_fun(jax_shims.strict(program))).lower(*inputs)
+            run = lowered.compile(compiler_options=jax_shims.in_haste(inputs))
     except Exception as error:
         if not jax_shims.find_primitives(program, MANUAL):
             return None
@@ -42,8 +44,9 @@ def strictly(program: Any, inputs: list[Any], where: str) -> list[Any] | None:
             f"{where}: the strict interpreter, which looks for races, does not know this program: {told}"
         ) from error
     try:
-        outputs = run(*inputs)
-        jax.block_until_ready(outputs)
+        with work():
+            outputs = run(*inputs)
+            jax.block_until_ready(outputs)
     except Exception as error:
         raise Race(f"{where}: the strict interpreter stops: {_last_line(error)}") from error
     finally:

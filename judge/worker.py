@@ -2,7 +2,7 @@
 
     python -I worker.py REQUEST.json
 
-It traces kernel_fn once a workload on abstract shapes, so it sees no data, and hands the jaxprs over as data
+It traces kernel_fn for one workload on abstract shapes, so it sees no data, and hands the jaxpr over as data
 (wire.py, channel.py). It lowers nothing: what jax does in a process that has run the kernel file is not relied on.
 Nothing that it prints is read.
 """
@@ -65,32 +65,28 @@ def write_result(request: dict[str, Any], result: dict[str, Any]) -> None:
     partial.rename(partial.with_suffix(""))
 
 
-def trace(request: dict[str, Any]) -> tuple[dict[str, str], dict[str, bytes]]:
-    """Output tree and traced program of every workload. Raises WorkerFailure."""
+def trace(request: dict[str, Any]) -> tuple[str, bytes]:
+    """Output tree and traced program of one workload. Raises WorkerFailure."""
     import jax
 
     from judge import jax_shims, wire
 
-    path = Path(request["kernel"])
+    path, name = Path(request["kernel"]), request["workload"]
     device = jax_shims.topology_device(request["topology"])
     try:
         kernel_fn = load_kernel(path).kernel_fn
     except (Exception, SystemExit) as error:
         raise WorkerFailure("FAIL_CRASH", f"importing the kernel file raised {where(error, path)}") from error
-    trees, programs = {}, {}
-    for name, inputs in request["workloads"].items():
-        shapes = [jax.ShapeDtypeStruct(tuple(array["shape"]), array["dtype"]) for array in inputs]
-        with jax_shims.on_chip(device):
-            try:
-                jaxpr, outputs = jax.make_jaxpr(kernel_fn, return_shape=True)(*shapes)
-            except (Exception, SystemExit) as error:
-                raise WorkerFailure("FAIL_CRASH", f"workload {name}: kernel_fn raised {where(error, path)}") from error
-        trees[name] = str(jax.tree.structure(outputs))
+    shapes = [jax.ShapeDtypeStruct(tuple(array["shape"]), array["dtype"]) for array in request["inputs"]]
+    with jax_shims.on_chip(device):
         try:
-            programs[name] = wire.dumps(jaxpr)
-        except wire.WireError as error:
-            raise WorkerFailure("FAIL_CONTRACT", f"workload {name}: {error}") from error
-    return trees, programs
+            jaxpr, outputs = jax.make_jaxpr(kernel_fn, return_shape=True)(*shapes)
+        except (Exception, SystemExit) as error:
+            raise WorkerFailure("FAIL_CRASH", f"workload {name}: kernel_fn raised {where(error, path)}") from error
+    try:
+        return str(jax.tree.structure(outputs)), wire.dumps(jaxpr)
+    except wire.WireError as error:
+        raise WorkerFailure("FAIL_CONTRACT", f"workload {name}: {error}") from error
 
 
 def main() -> None:
@@ -103,10 +99,10 @@ def main() -> None:
     jax_shims.check_version()
     jax_shims.patch_interpreter()
     try:
-        trees, programs = trace(request)
-        message = channel.Message(status="PASS", trees=trees, programs=programs)
+        tree, program = trace(request)
+        message = channel.Message(status="PASS", tree=tree, program=program)
     except WorkerFailure as failure:
-        message = channel.Message(status=failure.status, reason=str(failure), trees={}, programs={})
+        message = channel.Message(status=failure.status, reason=str(failure))
     channel.send(request["channel"], message)
 
 

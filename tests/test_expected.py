@@ -1,6 +1,8 @@
 """judge/expected.py: what is kept of the sealed file's inputs and outputs, that it is used, and for no other file."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import ml_dtypes
@@ -118,6 +120,21 @@ def test_the_next_experiment_knows_the_inputs_of_the_last_one(tmp_path, monkeypa
     path.write_text("{")
     assert flops_per_second("torn") == first
     assert flops_per_second("last") == first
+
+
+def test_inputs_that_are_forgotten_meanwhile_are_made_again(tmp_path):
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "result.json").write_text("{}")
+    folders = [tmp_path / "all" / name for name in "abcd"]
+    for age, folder in enumerate(folders):
+        expected.keep_description(tmp_path / "new", folder)
+        os.utime(folder, (age, age))
+    found = [expected.kept_description(folder, tmp_path / folder.name) for folder in folders]
+    assert found == [False, False, True, True]
+    assert (tmp_path / "d" / "result.json").read_text() == "{}"
+    shutil.rmtree(tmp_path / "all")
+    expected.install(tmp_path / "new", folders[0])  # nothing to install, nothing to forget
+    assert not (tmp_path / "all").exists()
 
 
 def test_another_sealed_file_has_another_folder(tmp_path):

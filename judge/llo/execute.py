@@ -271,6 +271,7 @@ def execute(
         count += 1
         if count % 65536 == 0 and (time.monotonic() > deadline or count > _MAX_BLOCK_RUNS):
             raise ExecutionError(f"{dump.path.name}: still running after {now:.3g} cycles; the loop may never end")
+    scope.clear()  # it holds the blocks, and they hold it
     core.check_exit()
     result.cycles = float(now)
     result.stalls = issue.stalls()

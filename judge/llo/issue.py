@@ -58,7 +58,7 @@ _CLASSES: tuple[tuple[str, str], ...] = (
     ("pattern", r"vset\.pattern"),
     ("permute", r"(vperm|vrot|vbcast)\.(lane|xlu|[a-z0-9.]*xlu)"),
     ("load", r"vld"),
-    ("mask", r"(vcmp|vcmask|vm(and|or|xor|mov|neg|nand|nor|packc?)|vmpackc?|vnez|vweird|vlaneseq|vmask|vc\.u32)"),
+    ("mask", r"(vcmp|v[csl]mask|vm(and|or|xor|mov|neg|nand|nor|packc?)|vmpackc?|vnez|vweird|vlaneseq|vmask|vc\.u32)"),
     ("move", r"(vsel|vmov|vstv|vimm|vrng|vsublane|vlane)"),
     (
         "valu",
@@ -295,7 +295,10 @@ class Issue:
     # --- what a bundle needs and leaves ---
 
     def _check_opcodes(self) -> None:
-        """Raises UnknownOpcode where any bundle, also one that never runs, holds what the machine does not know."""
+        """Raises UnknownOpcode where any bundle, also one that never runs, holds what the machine does not know.
+
+        Before the first stretch is timed; by then the scalar side of the first block has been translated.
+        """
         for bundle in self.dump.bundles:
             for slot in bundle.slots:
                 if opcode_class(slot.opcode) is None:

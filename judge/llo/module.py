@@ -142,11 +142,10 @@ def module_cost(folder: Path, machine: Machine, integers: dict[int, np.ndarray])
     Raises ExecutionError, ParseError or Untranslatable where any part of it cannot be costed.
     """
     hlo = (folder / "hlo.txt").read_text()
-    ops = parse_entry(hlo)
-    by_name = {op.name: op for op in ops}
+    by_name = {op.name: op for op in parse_entry(hlo)}  # in scheduled order
     dumps = _dumps_by_op(folder, hlo, by_name)
     with _no_collection():
-        return ModuleCost(ops=tuple(_costs(ops, dumps, machine, integers)), machine=machine)
+        return ModuleCost(ops=tuple(_costs(by_name, dumps, machine, integers)), machine=machine)
 
 
 @contextmanager
@@ -162,10 +161,9 @@ def _no_collection() -> Iterator[None]:
 
 
 def _costs(
-    ops: list[Op], dumps: dict[str, Path], machine: Machine, integers: dict[int, np.ndarray]
+    by_name: dict[str, Op], dumps: dict[str, Path], machine: Machine, integers: dict[int, np.ndarray]
 ) -> Iterator[OpCost]:
-    by_name = {op.name: op for op in ops}
-    for op in ops:
+    for op in by_name.values():
         if op.opcode.removesuffix("-start") in COLLECTIVES:
             yield _collective(op, machine)
         elif op.name in dumps:

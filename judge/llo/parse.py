@@ -75,6 +75,7 @@ _REGISTER = re.compile(r"(?:s|p|vm|v)\d+$")
 _REGION = re.compile(r"Start(/End empty)? region (\d+)")
 _REGION_START = re.compile(r"Start region (\d+)")
 _REGION_END = re.compile(r"End region (\d+)")
+_ALLOCATION_LINE = re.compile(r"#allocation.*")
 _ALLOCATION = re.compile(
     r"^\s*#(allocation\w+) \[shape = '([^'{]*)[^']*', space=(\w+), size = (0x[0-9a-f]+|0),?(.*)\]\s*$"
 )
@@ -194,12 +195,14 @@ def split_comments(text: str, depth: int = 0) -> tuple[str, str, int]:
 def parse_allocations(path: Path) -> dict[str, Allocation]:
     """Name → buffer, from `*-pre-finalize-registers-and-allocations.txt`."""
     allocations = {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        if not line.lstrip().startswith("#allocation"):
-            continue
-        match = _ALLOCATION.match(line)
+    text = path.read_text()
+    for found in _ALLOCATION_LINE.finditer(text):
+        if text[text.rfind("\n", 0, found.start()) + 1 : found.start()].strip():
+            continue  # an instruction's operand
+        match = _ALLOCATION.match(found[0])
         if match is None:
-            raise ParseError(f"{path.name}:{number}: not an allocation: {line.strip()[:120]!r}")
+            number = text.count("\n", 0, found.end()) + 1
+            raise ParseError(f"{path.name}:{number}: not an allocation: {found[0].strip()[:120]!r}")
         name, shape, space, size, rest = match.groups()
         tag, offset = _TAG.search(rest), _OFFSET.search(rest)
         allocations[name] = Allocation(
