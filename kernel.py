@@ -731,7 +731,6 @@ def _prefill_pass(call, b):
         for_there = functools.partial(pl.when, next_seq < total)
 
         _for_inputs(call, b, item, parity, _wait)
-        for_there()(lambda: _for_inputs(call, b, following, 1 - parity, _start))
         _begin_item(call, b, item, parity)
 
         start = first_block(following) * b.kv.shape[1]
@@ -742,11 +741,14 @@ def _prefill_pass(call, b):
             if call.options.causal:
                 pl.when(condition)(lambda: _for_new_tokens(call, b, item, _wait))
 
+        def start_inputs():
+            for_there()(lambda: _for_inputs(call, b, following, 1 - parity, _start))
+
         def start_following(slot):
             wait_for_new_tokens(reads_new)
             for_there()(lambda: _for_item_pages(call, b, following, first_block(following), slot, _start))
 
-        slot = _attend_item(call, b, item, first_block(item), slot, start_following)
+        slot = _attend_item(call, b, item, first_block(item), slot, start_inputs, start_following)
         wait_for_new_tokens(jnp.logical_not(reads_new))
         pl.when(before[0] >= 0)(lambda: _for_rows(call, b, _item(call, b, *before), _wait))
         _finish_item(call, b)
@@ -836,7 +838,7 @@ def _for_item_pages(call, b, item, block, slot, do):
     _for_pages(call, item.seq, block, start, end, b.kv.at[slot], b.kv_sems.at[slot], do)
 
 
-def _attend_item(call, b, item, first, slot, start_following):
+def _attend_item(call, b, item, first, slot, start_inputs, start_following):
     """The item against the KV blocks that it sees, block `first` being on its way to `slot`; the slot after them."""
     bkv = b.kv.shape[1]
     end = item.end if call.options.causal else call.kv_lens[item.seq]
@@ -851,6 +853,7 @@ def _attend_item(call, b, item, first, slot, start_following):
         _for_item_pages(call, b, item, block, slot, _wait)
         if call.options.causal:
             pl.when(block == first_new)(lambda: _for_new_tokens(call, b, item, _start))
+        pl.when(block == first)(start_inputs)  # the item's own copies go first: the next item may wait for them
         pl.when(block == last)(lambda: start_following(1 - slot))
         if call.options.causal:
             _patch(call, b, item, block, slot)
