@@ -5,9 +5,10 @@ end along the token axis (``cu_q_lens``), each with its own context length (``kv
 shared KV cache (``page_indices``). The kernel writes the new keys and values into their cache slots and attends
 causally to everything that the sequence has cached, or to a window of it.
 
-Two passes share one program. Decodes are a stream of KV blocks, fetched ahead across sequences, whose keys meet the
-queries in the order in which they lie in memory. Prefills go a block of queries at a time, with two or three KV heads
-in work at once; scores lie in rows or stand in columns, as the chip's MXU is wide.
+Decodes are a stream of KV blocks, fetched ahead across sequences, whose keys meet the queries in the order in which
+they lie in memory. Prefills go a block of queries at a time, with two or three KV heads in work at once; scores lie in
+rows or stand in columns, as the chip's MXU is wide. Decodes wait for HBM and prefills for the MXU, so blocks of both
+take turns while there are both.
 """
 
 import dataclasses
@@ -37,6 +38,7 @@ TILE_COLUMNS = 256  # the same of columns, where scores stand on their side
 CHUNK_WORDS = 512  # 32-bit words of a KV block whose keys meet a decode's queries at a time
 PAGES_TOGETHER = 4  # pages whose copies one turn of a loop starts
 PART_WORDS = 8192  # words of a decode's last KV block at a time: fewer take as long, more may be for nothing
+DECODES_BESIDE = 2  # KV blocks of decodes that go with one of a prefill
 DECODE_BUFFERS = 3  # KV blocks of decodes in VMEM: one in work, the others on their way
 
 TUNABLES = {
@@ -391,103 +393,136 @@ class _Decode:
         return self.kv_ring.shape[1]
 
 
-def _decode_pass(call, d):
+def _decode_first_seen(call, seq):
+    return call.first_seen(call.kv_lens[seq] - 1)
+
+
+def _first_decode_block(call, d, seq):
+    """The KV block in which a decode begins; `seq` may be past the last one."""
+    last = jnp.maximum(call.distribution[2] - 1, 0)
+    return 0 if call.options.sliding_window is None else _decode_first_seen(call, jnp.minimum(seq, last)) // d.bkv
+
+
+def _next_decode(call, seq):
+    return call.next_with(lambda q_len: q_len == 1, seq)
+
+
+def _for_decode_block(call, d, seq, block, slot, do):
+    """`do(copy)` of a KV block's pages, and with the first one of the queries and the new token."""
+
+    @pl.when(block == _decode_first_seen(call, seq) // d.bkv)
+    def _():
+        row = call.cu_q_lens[seq]
+        do(pltpu.make_async_copy(call.q_hbm.at[pl.ds(row, 1)], d.q_ring.at[slot], d.ring_sems.at[slot]))
+        for hbm, ring in ((call.k_hbm, d.k_ring), (call.v_hbm, d.v_ring)) if call.options.causal else ():
+            _for_tiles(hbm.at[pl.ds(row, 1)], ring.at[slot], d.ring_sems.at[slot], do)
+
+    kv, sem = d.kv_ring.at[slot], d.ring_sems.at[slot]
+    _for_pages(call, seq, block, _decode_first_seen(call, seq), call.kv_lens[seq], kv, sem, do)
+
+
+def _fetch_decode_block(call, d, ahead):
+    """Starts the fetch of the block at `ahead` = (sequence, block, slot), if there is one; the one after it."""
+    seq, block, slot = ahead
     total = call.distribution[2]
-    is_decode = lambda q_len: q_len == 1  # noqa: E731
 
-    new = ((call.k_hbm, d.k_ring), (call.v_hbm, d.v_ring)) if call.options.causal else ()
+    @pl.when(seq < total)
+    def _():
+        _for_decode_block(call, d, seq, block, slot, _start)
 
-    def first_seen(seq):
-        return call.first_seen(call.kv_lens[seq] - 1)
+    last = block + 1 >= pl.cdiv(call.kv_lens[jnp.minimum(seq, jnp.maximum(total - 1, 0))], d.bkv)
+    after = _next_decode(call, jnp.where(last, jnp.minimum(seq + 1, total), seq))
+    first = _first_decode_block(call, d, after)
+    return after, jnp.where(last, first, block + 1), jax.lax.rem(slot + 1, d.buffers)
 
-    def for_copies(seq, block, slot, do):
-        @pl.when(block == first_seen(seq) // d.bkv)
-        def _():
-            row = call.cu_q_lens[seq]
-            do(pltpu.make_async_copy(call.q_hbm.at[pl.ds(row, 1)], d.q_ring.at[slot], d.ring_sems.at[slot]))
-            for hbm, ring in new:
-                _for_tiles(hbm.at[pl.ds(row, 1)], ring.at[slot], d.ring_sems.at[slot], do)
 
-        kv, sem = d.kv_ring.at[slot], d.ring_sems.at[slot]
-        _for_pages(call, seq, block, first_seen(seq), call.kv_lens[seq], kv, sem, do)
+def _for_decode_results(call, d, seq, parity, do):
+    out = next(_tiles_as(d.o.at[parity], call.o_hbm))[1] if call.in_words else d.o.at[parity]
+    do(pltpu.make_async_copy(out, call.o_hbm.at[pl.ds(call.cu_q_lens[seq], 1)], d.out_sems.at[parity]))
+    if not call.options.causal:
+        return
+    slots = call.slots(seq, call.kv_lens[seq] - 1, 1)
+    for lanes, tokens in _tiles_as(d.new.at[parity], call.cache_hbm):
+        do(pltpu.make_async_copy(tokens, slots.at[:, :, :, lanes], d.out_sems.at[parity]))
 
-    def existing(seq):
-        return jnp.minimum(seq, jnp.maximum(total - 1, 0))
 
-    def first_block(seq):
-        return 0 if call.options.sliding_window is None else first_seen(existing(seq)) // d.bkv
+def _begin_decodes(call, d):
+    """The state before the first block of the first decode; the first fetches are on their way."""
+    first, zero = _next_decode(call, jnp.int32(0)), jnp.int32(0)
+    ahead = (first, jnp.int32(_first_decode_block(call, d, first)), zero)
+    state = (*ahead, ahead, zero, zero, zero)
+    for _ in range(d.buffers - 1):
+        ahead = _fetch_decode_block(call, d, ahead)
+    _tell_heads_apart(call, d)
+    return (*state[:3], ahead, *state[4:])
 
-    def fetch_next(ahead):
-        """Starts the fetch of the block at `ahead` = (sequence, block, slot), if there is one; the one after it."""
-        seq, block, slot = ahead
 
-        @pl.when(seq < total)
-        def _():
-            for_copies(seq, block, slot, _start)
+def _decode_some_blocks(call, d, state):
+    """DECODES_BESIDE KV blocks of decodes, if as many are left; the state after them.
 
-        last = block + 1 >= pl.cdiv(call.kv_lens[existing(seq)], d.bkv)
-        after = call.next_with(is_decode, jnp.where(last, jnp.minimum(seq + 1, total), seq))
-        return after, jnp.where(last, first_block(after), block + 1), jax.lax.rem(slot + 1, d.buffers)
+    `state`: (sequence, block, slot, the block to be fetched next, decodes done, the last of them, the one before it).
+    """
 
-    def for_results(seq, parity, do):
-        out = next(_tiles_as(d.o.at[parity], call.o_hbm))[1] if call.in_words else d.o.at[parity]
-        do(pltpu.make_async_copy(out, call.o_hbm.at[pl.ds(call.cu_q_lens[seq], 1)], d.out_sems.at[parity]))
-        if not call.options.causal:
-            return
-        slots = call.slots(seq, call.kv_lens[seq] - 1, 1)
-        for lanes, tokens in _tiles_as(d.new.at[parity], call.cache_hbm):
-            do(pltpu.make_async_copy(tokens, slots.at[:, :, :, lanes], d.out_sems.at[parity]))
+    def is_left(state):
+        return state[0] < call.distribution[2]
 
-    def attend_sequence(state):
-        seq, slot, ahead, count, before, before_that = state
-        parity = jax.lax.rem(count, 2)
+    def one(_, state):
+        return jax.lax.cond(is_left(state), lambda: _decode_one_block(call, d, state), lambda: state)
 
-        @pl.when(count >= 2)
-        def _():
-            for_results(before_that, parity, _wait)
+    return jax.lax.cond(is_left(state), lambda: jax.lax.fori_loop(0, DECODES_BESIDE, one, state), lambda: state)
 
-        first, last = first_seen(seq) // d.bkv, pl.cdiv(call.kv_lens[seq], d.bkv) - 1
 
-        def step(block, carry):
-            slot, ahead = carry
-            ahead = fetch_next(ahead)
-            for_copies(seq, block, slot, _wait)
-            pl.when(block == first)(lambda: _begin_decode(call, d, slot, parity))
-            seen = None if call.options.sliding_window is None else first_seen(seq) - block * d.bkv
-            whole = block < last if seen is None else jnp.logical_and(block < last, seen <= 0)
-            pl.when(whole)(lambda: _decode_block(call, d, d.kv_ring.at[slot], None))
+def _decode_one_block(call, d, state):
+    seq, block, slot, ahead, count, before, before_that = state
+    parity = jax.lax.rem(count, 2)
+    first_seen = _decode_first_seen(call, seq)
+    first, last = first_seen // d.bkv, pl.cdiv(call.kv_lens[seq], d.bkv) - 1
 
-            @pl.when(block == last if seen is None else jnp.logical_not(whole))
-            def _():
-                tokens = call.kv_lens[seq] - block * d.bkv
-                if call.options.causal:
+    @pl.when(jnp.logical_and(block == first, count >= 2))
+    def _():
+        _for_decode_results(call, d, before_that, parity, _wait)
 
-                    def patch():
-                        for lanes, new in _tiles_as(d.new.at[parity], call.cache_hbm):
-                            d.kv_ring[slot, tokens - 1, :, :, lanes] = new[0]
+    ahead = _fetch_decode_block(call, d, ahead)
+    _for_decode_block(call, d, seq, block, slot, _wait)
+    pl.when(block == first)(lambda: _begin_decode(call, d, slot, parity))
+    seen = None if call.options.sliding_window is None else first_seen - block * d.bkv
+    whole = block < last if seen is None else jnp.logical_and(block < last, seen <= 0)
+    pl.when(whole)(lambda: _decode_block(call, d, d.kv_ring.at[slot], None))
 
-                    patch() if seen is None else pl.when(block == last)(patch)
-                _decode_parts(call, d, d.kv_ring.at[slot], seen, tokens)
+    @pl.when(block == last if seen is None else jnp.logical_not(whole))
+    def _():
+        tokens = call.kv_lens[seq] - block * d.bkv
+        if call.options.causal:
 
-            return jax.lax.rem(slot + 1, d.buffers), ahead
+            def patch():
+                for lanes, new in _tiles_as(d.new.at[parity], call.cache_hbm):
+                    d.kv_ring[slot, tokens - 1, :, :, lanes] = new[0]
 
-        slot, ahead = jax.lax.fori_loop(first, last + 1, step, (slot, ahead))
+            patch() if seen is None else pl.when(block == last)(patch)
+        _decode_parts(call, d, d.kv_ring.at[slot], seen, tokens)
+
+    @pl.when(block == last)
+    def _():
         out = _output(call, d.acc[...], jnp.sum(d.l[...], axis=1, keepdims=True)).astype(call.o_hbm.dtype)
         out = pltpu.bitcast(out, jnp.uint32) if call.in_words else out
         d.o[parity, 0, : out.shape[0]] = out
-        for_results(seq, parity, _start)
-        return call.next_with(is_decode, seq + 1), slot, ahead, count + 1, seq, before
+        _for_decode_results(call, d, seq, parity, _start)
 
-    _tell_heads_apart(call, d)
-    first = call.next_with(is_decode, jnp.int32(0))
-    ahead = (first, jnp.int32(first_block(first)), jnp.int32(0))
-    for _ in range(d.buffers - 1):
-        ahead = fetch_next(ahead)
-    zero = jnp.int32(0)
-    state = jax.lax.while_loop(lambda state: state[0] < total, attend_sequence, (first, zero, ahead, zero, zero, zero))
-    _, _, _, count, before, before_that = state
+    done = block == last
+    after = _next_decode(call, jnp.where(done, seq + 1, seq))
+    block = jnp.where(done, _first_decode_block(call, d, after), block + 1)
+    counted = count + done.astype(jnp.int32), jnp.where(done, seq, before), jnp.where(done, before, before_that)
+    return after, block, jax.lax.rem(slot + 1, d.buffers), ahead, *counted
+
+
+def _finish_decodes(call, d, state):
+    """The decodes that are left, then their results."""
+    total = call.distribution[2]
+    step = functools.partial(_decode_one_block, call, d)
+    *_, count, before, before_that = jax.lax.while_loop(lambda state: state[0] < total, step, state)
     for back, seq in ((1, before), (2, before_that)):
-        pl.when(count >= back)(lambda: for_results(seq, jax.lax.rem(count - back, 2), _wait))
+        parity = jax.lax.rem(count - back, 2)
+        pl.when(count >= back)(lambda seq=seq, parity=parity: _for_decode_results(call, d, seq, parity, _wait))
 
 
 def _begin_decode(call, d, slot, parity):
@@ -711,8 +746,12 @@ def _item(call, b, seq, q_block):
     return _Item(seq, row_start, jnp.minimum(row_start + bq, q_end), window, call.kv_lens[seq] - q_end + row_start)
 
 
-def _prefill_pass(call, b):
-    """One block of queries after the other; what the next one needs first is fetched while one is in work."""
+def _prefill_pass(call, b, decode_some, decoding):
+    """One block of queries after the other; what the next one needs first is fetched while one is in work.
+
+    With each KV block go some of decodes, whose pages come while the MXU has the prefill's work to do: `decode_some`
+    takes the state of the decodes, `decoding` at first, from one block to the next; the last state is returned.
+    """
     total = call.distribution[2]
 
     def is_prefill(q_len):
@@ -722,7 +761,7 @@ def _prefill_pass(call, b):
         return call.first_seen(item.position) // b.kv.shape[1]
 
     def attend(state):
-        seq, q_block, slot, parity, before = state
+        seq, q_block, slot, parity, before, decoding = state
         item = _item(call, b, seq, q_block)
         last = item.row_end == call.cu_q_lens[seq + 1]
         next_seq = call.next_with(is_prefill, jnp.where(last, seq + 1, seq))
@@ -748,12 +787,13 @@ def _prefill_pass(call, b):
             wait_for_new_tokens(reads_new)
             for_there()(lambda: _for_item_pages(call, b, following, first_block(following), slot, _start))
 
-        slot = _attend_item(call, b, item, first_block(item), slot, start_inputs, start_following)
+        ahead = start_inputs, start_following
+        slot, decoding = _attend_item(call, b, item, first_block(item), (slot, decoding), *ahead, decode_some)
         wait_for_new_tokens(jnp.logical_not(reads_new))
         pl.when(before[0] >= 0)(lambda: _for_rows(call, b, _item(call, b, *before), _wait))
         _finish_item(call, b)
         _for_rows(call, b, item, _start)
-        return next_seq, next_block, slot, 1 - parity, (seq, q_block)
+        return next_seq, next_block, slot, 1 - parity, (seq, q_block), decoding
 
     for head in range(call.num_q_heads):
         b.sums.reset(call, head)
@@ -767,8 +807,10 @@ def _prefill_pass(call, b):
         _for_item_pages(call, b, item, first_block(item), 0, _start)
 
     none = jnp.int32(-1)
-    *_, before = jax.lax.while_loop(lambda state: state[0] < total, attend, (first, zero, zero, zero, (none, zero)))
+    state = (first, zero, zero, zero, (none, zero), decoding)
+    *_, before, decoding = jax.lax.while_loop(lambda state: state[0] < total, attend, state)
     pl.when(before[0] >= 0)(lambda: _for_rows(call, b, _item(call, b, *before), _wait))
+    return decoding
 
 
 def _for_inputs(call, b, item, parity, do):
@@ -838,14 +880,19 @@ def _for_item_pages(call, b, item, block, slot, do):
     _for_pages(call, item.seq, block, start, end, b.kv.at[slot], b.kv_sems.at[slot], do)
 
 
-def _attend_item(call, b, item, first, slot, start_inputs, start_following):
-    """The item against the KV blocks that it sees, block `first` being on its way to `slot`; the slot after them."""
+def _attend_item(call, b, item, first, carry, start_inputs, start_following, decode_some):
+    """The item against the KV blocks that it sees, block `first` being on its way to a slot.
+
+    `carry`: that slot, and the state of the decodes, some of whose blocks go with each; both as they are afterwards.
+    """
     bkv = b.kv.shape[1]
     end = item.end if call.options.causal else call.kv_lens[item.seq]
     last = pl.cdiv(end, bkv) - 1
     first_new = item.position // bkv  # a page there may hold old tokens too, and is read before it is written
 
-    def step(block, slot):
+    def step(block, carry):
+        slot, decoding = carry
+
         def start_next():
             _for_item_pages(call, b, item, block + 1, 1 - slot, _start)
 
@@ -861,9 +908,9 @@ def _attend_item(call, b, item, first, slot, start_inputs, start_following):
         window = call.options.sliding_window
         fetched = None if window is None else call.first_seen(item.position) - block * bkv, end - block * bkv
         _prefill_block(call, b, slot, item.position - item.skipped - block * bkv, fetched)
-        return 1 - slot
+        return 1 - slot, decode_some(decoding)
 
-    return jax.lax.fori_loop(first, last + 1, step, slot)
+    return jax.lax.fori_loop(first, last + 1, step, carry)
 
 
 def _patch(call, b, item, block, slot):
@@ -1216,11 +1263,13 @@ def _rpa_kernel(
         num_q_heads,
         num_kv_heads,
     )
-    _decode_pass(call, _Decode(*decode_scratch))
+    d = _Decode(*decode_scratch)
     *buffers, of_sums = prefill_scratch
     b = _Prefill(*buffers, None)
     b = dataclasses.replace(b, sums=sums(b.bq, *of_sums))
-    _prefill_pass(call, b)
+    decoding = _begin_decodes(call, d)
+    decoding = _prefill_pass(call, b, functools.partial(_decode_some_blocks, call, d), decoding)
+    _finish_decodes(call, d, decoding)
     _zero_padding(call, b)
 
 
