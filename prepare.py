@@ -15,13 +15,20 @@ if __name__ == "__main__":
         sys.path.pop(0)
 
 import argparse
+import dataclasses  # noqa: F401 - this and others: Python's own, whose compiled files may be read
+import hashlib  # noqa: F401
 import json
 import signal
+import tempfile  # noqa: F401
+import tomllib  # noqa: F401
 import traceback
 from pathlib import Path
 
-from judge import identity
-from judge.chips import CHIPS, DEFAULT_CHIP, load_chip
+sys.pycache_prefix = "/dev/null"  # those of judge/ may be anybody's
+from judge import identity  # noqa: E402
+from judge.chips import CHIPS, DEFAULT_CHIP, load_chip  # noqa: E402
+
+sys.pycache_prefix = None
 
 ROOT = identity.root_of(Path(__file__))  # the project, also where this is the judge's copy of itself
 
@@ -89,7 +96,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--keep", metavar="DIR", type=Path, help="keep artifacts, dumps and logs in DIR (it is emptied first)"
     )
     parser.add_argument(
-        "--trace-limit", metavar="S", type=float, default=120.0, help="seconds to import and trace; default 120"
+        "--trace-limit", metavar="S", type=float, default=120.0, help="seconds to trace each workload; default 120"
     )
     parser.add_argument(
         "--no-wait", action="store_true", help="where another experiment runs in this folder, say so and end"

@@ -69,6 +69,6 @@ fi
 
 . ./setup.sh
 ensure_environment || exit
-[ $action != --parallel ] || exec .venv/bin/python prepare.py ${options[@]+"${options[@]}"} "${candidates[@]}"
+[ $action != --parallel ] || exec .venv/bin/python -I prepare.py ${options[@]+"${options[@]}"} "${candidates[@]}"
 $takes_note && action=$action=$note
-exec .venv/bin/python prepare.py ${options[@]+"${options[@]}"} "$action"
+exec .venv/bin/python -I prepare.py ${options[@]+"${options[@]}"} "$action"

@@ -34,6 +34,8 @@ def audit(folder: Path) -> list[str]:
     champions: dict[int, float] = {}
     commits = repository.kinds(row.commit for row in rows)
     kernels = repository.kinds(f"{row.commit}:{KERNEL}" for row in rows)
+    present = [row.commit for row, kind in zip(rows, kernels, strict=True) if kind == "blob"]
+    damaged = repository.damaged(dict.fromkeys(present), KERNEL)
     branch = set(repository.git("rev-list", "HEAD").splitlines())
     where_else = "git fetch --unshallow may bring it" if repository.is_shallow else "nor in the archive"
     for line, (row, commit, kernel) in enumerate(zip(rows, commits, kernels, strict=True), 2):
@@ -44,6 +46,8 @@ def audit(folder: Path) -> list[str]:
             findings.append(f"{where}: kept, but commit {row.commit} is not on the branch")
         elif kernel != "blob":
             findings.append(f"{where}: commit {row.commit} has no {KERNEL}")
+        elif row.commit in damaged:
+            findings.append(f"{where}: {damaged[row.commit]}")
         if row.status == "PASS":
             if row.score is None:
                 findings.append(f"{where}: kept without a score")

@@ -52,7 +52,7 @@ def save(path: Path, tree: str, outputs: Sequence[np.ndarray], exact: Sequence[b
             for o, e in zip(outputs, exact, strict=True)
         ],
     }
-    kept = {str(i): _bytes(o) for i, (o, e) in enumerate(zip(outputs, exact, strict=True)) if not e}
+    kept = {str(i): flat_bytes(o) for i, (o, e) in enumerate(zip(outputs, exact, strict=True)) if not e}
     kept[_MEANING] = np.frombuffer(json.dumps(meaning).encode(), np.uint8)
     np.savez(path, **kept)  # type: ignore[arg-type]
 
@@ -120,10 +120,11 @@ def _forget_but_the_last(folder: Path) -> None:
             shutil.rmtree(old, ignore_errors=True)
 
 
-def _bytes(output: np.ndarray) -> np.ndarray:
+def flat_bytes(output: np.ndarray) -> np.ndarray:
+    """Its elements' bytes, in order."""
     flat: np.ndarray = np.ascontiguousarray(output).reshape(-1).view(np.uint8)
     return flat
 
 
 def _sha256(output: np.ndarray) -> str:
-    return hashlib.sha256(_bytes(output).data).hexdigest()
+    return hashlib.sha256(flat_bytes(output).data).hexdigest()

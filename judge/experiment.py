@@ -183,6 +183,13 @@ def _judge(
         verdict = judging.run(
             lambda program: None if confirming else _known(program, index.with_program(lineage.number, program), judge)
         )
+        best = champion.score if champion else None
+        if (
+            verdict.total
+            and verdict.status == decide.PASS
+            and (best is None or verdict.total.score > best or experiment.mode == "chip")
+        ):
+            judging.confirm(verdict)
         profile.save(repository.folder, f"{index.count + 1:05d}-{chip.name}-{candidate.commit[:8]}", judging, verdict)
     verdict.champion_ms = judging.champion_ms
     return verdict

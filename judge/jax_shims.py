@@ -7,7 +7,7 @@ import dataclasses
 import importlib
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 COMPILE_ENVIRONMENT = {
@@ -79,6 +79,82 @@ def on_chip(device: Any) -> Any:
 
 PALLAS_CALLS = ("pallas_call", "core_map", "mpmd_map")
 _PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
+
+
+def check_form(closed_jaxpr: Any) -> None:
+    """Raises ValueError where anything in a jaxpr is of another kind than jax makes it of, e.g. something that only
+    looks like a primitive."""
+    from jax._src import core
+
+    def check(jaxpr: Any) -> None:
+        parts = (jaxpr.constvars, jaxpr.invars, jaxpr.outvars, jaxpr.eqns)
+        atoms = (*jaxpr.constvars, *jaxpr.invars, *jaxpr.outvars)
+        if any(type(part) is not list for part in parts) or not all(
+            isinstance(atom, core.Var | core.Literal) for atom in atoms
+        ):
+            raise ValueError("a jaxpr that jax did not make")
+
+    def visit(equation: Any) -> None:
+        kinds = (type(equation), type(equation.params), type(equation.invars), type(equation.outvars))
+        if kinds != (core.JaxprEqn, dict, list, list) or not isinstance(equation.primitive, core.Primitive):
+            raise ValueError("an equation that jax did not make")
+
+    _walk(closed_jaxpr, visit, visit_jaxpr=check)
+
+
+def check_calls(closed_jaxpr: Any) -> None:
+    """Raises ValueError where a Pallas call says something else of what it is given than its equation does.
+
+    The chip's lowering goes by what the call says, the CPU's by what comes (whether a scalar has a sign, for one), and
+    jax compares neither but under its flag for checks, in part.
+    """
+
+    def visit(equation: Any) -> None:
+        if equation.primitive.name == "pallas_call":
+            _check_call(equation)
+
+    _walk(closed_jaxpr, visit)
+
+
+def _check_call(equation: Any) -> None:
+    from jax._src import core
+    from jax._src.pallas import core as pallas
+
+    params = equation.params
+    mapping, kernel = params["grid_mapping"], [var.aval for var in params["jaxpr"].invars]
+    blocks, count = mapping.block_mappings, mapping.num_index_operands
+    operands = [var.aval for var in equation.invars[mapping.num_dynamic_grid_bounds :]]
+    arrays = [*operands[count:], *params["out_avals"]]
+    references = [block.transformed_block_aval for block in blocks]
+    ids = list(mapping.index_map_avals[: len(mapping.grid)])
+
+    def like(one: Any, other: Any) -> bool:
+        return (one.shape, one.dtype) == (other.shape, other.dtype)
+
+    told = [
+        (len(blocks) == len(arrays) == mapping.num_inputs + mapping.num_outputs, "how many blocks there are"),
+        (kernel[count:] == [*references, *mapping.scratch_avals], "what its kernel takes"),
+        (all(map(like, kernel[:count], operands)), "its scalars"),
+        (all(map(like, (block.array_aval for block in blocks), arrays)), "its arrays"),
+        (all(ref.dtype == array.dtype for ref, array in zip(references, arrays, strict=False)), "its blocks' types"),
+        (list(mapping.index_map_avals) == [*ids, *kernel[:count]], "what its index maps take"),
+        (all(aval.shape == () and aval.dtype == "int32" for aval in ids), "its grid"),
+        (not params["jaxpr"].constvars and params["mesh"] is None, "what else its kernel takes"),
+        (mapping.get_grid_indices is None and mapping.local_grid_env is None, "where its grid comes from"),
+        (params["metadata"] is None and not getattr(params["compiler_params"], "flags", None), "how it is compiled"),
+    ]
+    for block, reference in zip(blocks, references, strict=True):
+        index_map = block.index_map_jaxpr
+        core.check_jaxpr(index_map.jaxpr)
+        told += [
+            (pallas._get_ref_block_shape(block.block_shape) == reference.shape, "a block's shape"),
+            (not block.transforms and not index_map.consts, "a block"),
+            (list(index_map.in_avals) == list(mapping.index_map_avals), "an index map"),
+            (all(out.shape == () and out.dtype == "int32" for out in index_map.out_avals), "an index"),
+        ]
+    wrong = [what for holds, what in told if not holds]
+    if wrong:
+        raise ValueError(f"a pallas_call is not what it says of {wrong[0]}")
 
 
 def interpreted(closed_jaxpr: Any) -> Any:
@@ -322,7 +398,12 @@ def _with_interpreter(closed_jaxpr: Any, interpret: Any, effects: frozenset[Any]
     return convert(closed_jaxpr)
 
 
-def _walk(value: Any, visit: Callable[[Any], bool | None], seen: set[int] | None = None) -> None:
+def _walk(
+    value: Any,
+    visit: Callable[[Any], bool | None],
+    visit_jaxpr: Callable[[Any], None] = lambda jaxpr: None,
+    seen: set[int] | None = None,
+) -> None:
     """Calls visit(equation) for every equation however deep, Pallas bodies and index maps included; where it returns
     False, what is in the equation is left out."""
     from jax._src import core
@@ -331,21 +412,20 @@ def _walk(value: Any, visit: Callable[[Any], bool | None], seen: set[int] | None
     if isinstance(value, str | int | float | bool | None) or id(value) in seen:
         return
     seen.add(id(value))
+    inside: Iterable[Any] = ()
     if isinstance(value, core.ClosedJaxpr):
-        _walk(value.jaxpr, visit, seen)
+        inside = (value.jaxpr,)
     elif isinstance(value, core.Jaxpr):
-        for equation in value.eqns:
-            if visit(equation) is not False:
-                _walk(equation.params, visit, seen)
+        visit_jaxpr(value)
+        inside = (equation.params for equation in value.eqns if visit(equation) is not False)
     elif isinstance(value, tuple | list):
-        for item in value:
-            _walk(item, visit, seen)
+        inside = value
     elif isinstance(value, dict):
-        for item in value.values():
-            _walk(item, visit, seen)
+        inside = value.values()
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for field in dataclasses.fields(value):
-            _walk(getattr(value, field.name, None), visit, seen)
+        inside = (getattr(value, field.name, None) for field in dataclasses.fields(value))
+    for item in inside:
+        _walk(item, visit, visit_jaxpr, seen)
 
 
 def find_primitives(closed_jaxpr: Any, names: Sequence[str]) -> list[str]:

@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +32,9 @@ _STRETCH = 1 << 15  # elements
 SMALL_INTEGER_BYTES = 16 << 20  # larger integer arrays cannot be scalars of a program
 
 
+_Job = tuple[str, str, int, dict[str, Any]]  # workload, check set, seed, keyword arguments
+
+
 class Mismatch(Exception):
     """An output that is not what the oracle says: FAIL_CORRECTNESS."""
 
@@ -42,6 +45,10 @@ class ProgramError(Exception):
 
 class SealError(Exception):
     """The sealed file itself does not work: the judge cannot judge."""
+
+
+class Altered(Exception):
+    """What is kept of the sealed file, in a folder that anybody may write to, is not what it gives."""
 
 
 def workloads_of(sealed: ModuleType) -> dict[str, dict[str, Any]]:
@@ -79,24 +86,36 @@ def describe(sealed: ModuleType, request: dict[str, Any]) -> dict[str, Any]:
     workloads = workloads_of(sealed)
     unknown = sorted(set(chosen) - set(workloads))
     if unknown:
-        return {"status": "UNKNOWN", "reason": f"no workload {', '.join(unknown)}; the file has {', '.join(workloads)}"}
+        told = f"no workload {', '.join(unknown)}; the file has {', '.join(workloads)}"
+        return {"status": "CANNOT_JUDGE", "reason": told}
     described = {}
     for name in chosen or workloads:
-        arguments = workloads[name]
-        inputs = inputs_of(sealed, TIMED_SEED, arguments)
-        integers = {
-            str(i): array
-            for i, array in enumerate(inputs)
-            if array.dtype.kind in "iub" and array.nbytes <= SMALL_INTEGER_BYTES
-        }
-        np.savez(out / f"{name}.npz", **integers)  # type: ignore[arg-type]
-        described[name] = {
-            "inputs": [{"shape": list(array.shape), "dtype": str(array.dtype)} for array in inputs],
-            "flops": float(sealed.compute_flops(**arguments)),
-            "declares_bytes": hasattr(sealed, "compute_bytes"),
-            "compulsory_bytes": _compulsory_bytes(sealed, arguments, inputs),
-        }
+        inputs = inputs_of(sealed, TIMED_SEED, workloads[name])
+        np.savez(out / f"{name}.npz", **_scalars(inputs))  # type: ignore[arg-type]
+        described[name] = _description(sealed, workloads[name], inputs)
     return {"status": "PASS", "workloads": described}
+
+
+def _description(sealed: ModuleType, arguments: dict[str, Any], inputs: list[np.ndarray]) -> dict[str, Any]:
+    return {
+        "inputs": [{"shape": list(array.shape), "dtype": str(array.dtype)} for array in inputs],
+        "flops": float(sealed.compute_flops(**arguments)),
+        "declares_bytes": hasattr(sealed, "compute_bytes"),
+        "compulsory_bytes": _compulsory_bytes(sealed, arguments, inputs),
+    }
+
+
+def _check_description(
+    sealed: ModuleType, name: str, arguments: dict[str, Any], inputs: list[np.ndarray], folder: Path
+) -> None:
+    """Raises Altered where a workload's description, by which it is timed, is not of these inputs."""
+    said = json.loads((folder / "result.json").read_text())["workloads"][name]
+    with np.load(folder / f"{name}.npz") as saved:
+        scalars = {key: saved[key] for key in saved.files}
+    own = _scalars(inputs)
+    same = own.keys() == scalars.keys() and all(np.array_equal(own[key], scalars[key]) for key in own)
+    if not same or said != _description(sealed, arguments, inputs):
+        raise Altered(f"workload {name}: its lengths, FLOPs or bytes")
 
 
 def _compulsory_bytes(sealed: ModuleType, arguments: dict[str, Any], inputs: list[np.ndarray]) -> float:
@@ -128,18 +147,23 @@ def check_sets(sealed: ModuleType, arguments: dict[str, Any], secret: int) -> di
     return {**sets, TIMED: (TIMED_SEED, arguments)}
 
 
-def timed_inputs(sealed: ModuleType, arguments: dict[str, Any], secret: int) -> list[np.ndarray]:
-    """The scalars whose time counts, with other data: whoever knows the published seed could bake its answer in.
-
-    Scalars are what steers a program: int32 and uint32, small. All else is drawn from the secret, where that is finite.
-    """
-    timed, drawn = (inputs_of(sealed, seed, arguments) for seed in (TIMED_SEED, secret))
+def timed_inputs(
+    sealed: ModuleType, arguments: dict[str, Any], timed: list[np.ndarray], secret: int
+) -> list[np.ndarray]:
+    """The scalars whose time counts, with other data than `timed`, which are those of the published seed: whoever
+    knows that could bake its answer in. All but the scalars is drawn from the secret, where that is finite."""
+    drawn = inputs_of(sealed, secret, arguments)
     if [array.shape for array in timed] != [array.shape for array in drawn]:
         return timed
     return [new if not _is_scalar_data(old) and _is_finite(new) else old for old, new in zip(timed, drawn, strict=True)]
 
 
+def _scalars(inputs: list[np.ndarray]) -> dict[str, np.ndarray]:
+    return {str(i): array for i, array in enumerate(inputs) if _is_scalar_data(array)}
+
+
 def _is_scalar_data(array: np.ndarray) -> bool:
+    """Whether these may be what steers a program."""
     return array.dtype in (np.int32, np.uint32) and array.nbytes <= SMALL_INTEGER_BYTES
 
 
@@ -168,16 +192,15 @@ def check(sealed: ModuleType, request: dict[str, Any]) -> dict[str, Any]:
     # One at a time, in a thread that nothing waits for: a workload is checked while the next one is compiled.
     compiler = ThreadPoolExecutor(1)
     programs = {name: compiler.submit(_Program, name, workload) for name, workload in asked.items()}
-    jobs = [
-        (name, label, seed, changed)
-        for name, arguments in workloads_of(sealed).items()
-        if name in asked
-        for label, (seed, changed) in check_sets(sealed, arguments, secret).items()
-    ]
+    jobs = _jobs(sealed, asked, secret)
 
-    def made(job: tuple[str, str, int, dict[str, Any]]) -> list[np.ndarray]:
-        _, label, seed, changed = job
-        return timed_inputs(sealed, changed, secret) if label == TIMED else inputs_of(sealed, seed, changed)
+    def made(job: _Job) -> list[np.ndarray]:
+        name, label, seed, changed = job
+        inputs = inputs_of(sealed, seed, changed)
+        if label != TIMED:
+            return inputs
+        _check_description(sealed, name, changed, inputs, Path(request["described"]))
+        return timed_inputs(sealed, changed, inputs, secret)
 
     with _Beside() as beside:
         for (name, label, seed, changed), inputs in _made_ahead(made, jobs):
@@ -194,14 +217,52 @@ def check(sealed: ModuleType, request: dict[str, Any]) -> dict[str, Any]:
     return {"status": "PASS", "checks": len(jobs)}
 
 
+def _jobs(sealed: ModuleType, names: Collection[str], secret: int) -> list[_Job]:
+    return [
+        (name, label, seed, changed)
+        for name, arguments in workloads_of(sealed).items()
+        if name in names
+        for label, (seed, changed) in check_sets(sealed, arguments, secret).items()
+    ]
+
+
+def confirm(sealed: ModuleType, request: dict[str, Any]) -> dict[str, Any]:
+    """Runs the reference on every check set whose outputs are kept. Raises Altered where it gives others."""
+    from judge import expected
+
+    secret, folder = request["secret"], Path(request["expected"])
+    jobs = [job for job in _jobs(sealed, request["workloads"], secret) if job[1] != TIMED and job[2] != secret]
+    for (name, label, seed, changed), inputs in _made_ahead(lambda job: inputs_of(sealed, job[2], job[3]), jobs):
+        want, tree = reference(sealed, inputs)
+        kept = expected.load(folder / expected.file_name(name, label, seed, changed), want, tree)
+        if kept is None or any(map(_is_other, kept, want)):
+            raise Altered(f"workload {name}, check {label!r}: the reference's outputs")
+    return {"status": "PASS", "checks": len(jobs)}
+
+
+def _is_other(one: np.ndarray, other: np.ndarray) -> bool:
+    return (one.shape, one.dtype) != (other.shape, other.dtype) or bool(_differ(one, other).any())
+
+
+def reference(sealed: ModuleType, inputs: list[np.ndarray]) -> tuple[list[np.ndarray], str]:
+    """(outputs, their tree) of the oracle."""
+    import jax
+
+    from judge.worker import work
+
+    # What kernel_fn gets on a chip: NumPy's own promotion would make float64 of int32 × float32.
+    with work():
+        leaves, tree = jax.tree.flatten(sealed.reference_fn(*map(jax.numpy.asarray, inputs)))
+        return [np.asarray(leaf) for leaf in leaves], str(tree)
+
+
 def _made_ahead(make: Callable[[Any], Any], jobs: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
     """(job, what `make` makes of it) in order, the next one made while this one is in work."""
     with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(make, jobs[0])
+        coming = [thread.submit(make, job) for job in jobs[:1]]
         for i, job in enumerate(jobs):
-            one = coming.result()
-            if i + 1 < len(jobs):
-                coming = thread.submit(make, jobs[i + 1])
+            one = coming.pop().result()
+            coming += [thread.submit(make, following) for following in jobs[i + 1 : i + 2]]
             yield job, one
 
 
@@ -279,21 +340,21 @@ class _CheckSet:
 
     def agree(self) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """(got, expected)"""
-        got, want = self._run(), self._reference()
+        got, want = self._run(), self._wanted()
         self._compare(got, lambda: want)
         return got, want
 
     def agree_with_kept(self, known: Path | None, new: Path) -> None:
         """The same against the outputs kept in `known`; those that are not kept yet are left in `new`."""
         got = self._run()
-        self._compare(got, lambda: self._kept(got, known, new))
+        self._compare(got, lambda: self._kept_outputs(got, known, new))
 
-    def _kept(self, got: list[np.ndarray], known: Path | None, new: Path) -> list[np.ndarray]:
+    def _kept_outputs(self, got: list[np.ndarray], known: Path | None, new: Path) -> list[np.ndarray]:
         from judge import expected
 
         want = expected.load(known, got, self._program.tree) if known else None
         if want is None:
-            want = self._reference()
+            want = self._wanted()
             tolerances = tolerances_of(self._sealed, len(want))
             exact = [_is_exact(w, tolerance) for w, tolerance in zip(want, tolerances, strict=True)]
             expected.save(new, self._program.tree, want, exact)
@@ -313,29 +374,23 @@ class _CheckSet:
         self._beside.submit(lambda: _check_probe(before, after, again, precision, where))
 
     def _compare(self, got: list[np.ndarray], want: Callable[[], list[np.ndarray]]) -> None:
-        self._beside.submit(lambda: _compare_all(self._sealed, got, want(), self._inputs, self._where))
+        self._beside.submit(lambda: compare_all(self._sealed, got, want(), self._inputs, self._where))
 
     def _run(self) -> list[np.ndarray]:
         return self._program(self._inputs, self._where)
 
-    def _reference(self) -> list[np.ndarray]:
+    def _wanted(self) -> list[np.ndarray]:
         """The oracle's outputs. Raises Mismatch where the program's have another tree."""
-        import jax
-
-        from judge.worker import work
-
-        # What kernel_fn gets on a chip: NumPy's own promotion would make float64 of int32 × float32.
-        with work():
-            leaves, tree = jax.tree.flatten(self._sealed.reference_fn(*map(jax.numpy.asarray, self._inputs)))
-            want = [np.asarray(leaf) for leaf in leaves]
-        if str(tree) != self._program.tree:
+        want, tree = reference(self._sealed, self._inputs)
+        if tree != self._program.tree:
             raise Mismatch(f"{self._where}: kernel_fn returns {self._program.tree}, reference_fn {tree}")
         return want
 
 
-def _compare_all(
+def compare_all(
     sealed: ModuleType, got: list[np.ndarray], want: list[np.ndarray], inputs: list[np.ndarray], where: str
 ) -> None:
+    """Raises Mismatch for the first output that is not the oracle's."""
     if len(got) != len(want):
         raise Mismatch(f"{where}: {len(got)} outputs, reference_fn has {len(want)}")
     tolerances, lowest = tolerances_of(sealed, len(want)), lowest_precision(sealed, inputs)
@@ -489,7 +544,9 @@ def compare(got: np.ndarray, want: np.ndarray, tolerance: Any, lowest: str, wher
 
 def _in_words(array: np.ndarray) -> np.ndarray:
     """Its bytes, eight at a time where they come so."""
-    flat: np.ndarray = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    from judge.expected import flat_bytes
+
+    flat = flat_bytes(array)
     return flat if flat.size % 8 else flat.view(np.uint64)
 
 
@@ -532,11 +589,16 @@ def main() -> None:
     try:
         sealed = load_kernel(path)
         blame = "FAIL_CONTRACT"
-        result = {"describe": describe, "check": check}[request["do"]](sealed, request)
+        result = {"describe": describe, "check": check, "confirm": confirm}[request["do"]](sealed, request)
     except Mismatch as mismatch:
         result = {"status": "FAIL_CORRECTNESS", "reason": str(mismatch)}
     except ProgramError as error:
         result = {"status": "FAIL_CRASH", "reason": str(error)}
+    except Altered as altered:
+        told = (
+            f"{altered}: what is kept in .ratchet/expected is not what the sealed file gives; remove it and run again"
+        )
+        result = {"status": "CANNOT_JUDGE", "reason": told}
     except SealError as error:
         result = {"status": "SEAL", "blame": blame, "reason": str(error)}
     except (Exception, SystemExit) as error:

@@ -131,7 +131,8 @@ class Judging:
         self._platforms: tuple[str, ...] = ("tpu", "cpu")
         self.champion_ms: dict[str, float] = {}  # chip mode: the champion's times in this very run
         self._is_dry = task.sealed is task.candidate  # the file is its own oracle: nothing of it is kept
-        self._kept = expected.folder_of(ROOT, task.sealed.text)
+        self._kept_folder = expected.folder_of(ROOT, task.sealed.text)
+        self._uses_kept = False
         sandbox.prepare()
 
     def run(self, is_known: Callable[[str], str | None] = lambda program: None) -> Verdict:
@@ -189,14 +190,14 @@ class Judging:
         is_kept = not self._is_dry and not self.task.workloads  # a dry run imports the kernel file here first
         with self._stage("inputs", "inputs: shapes, lengths and bounds"):
             result = None
-            if is_kept and not self.task.anew and expected.kept_description(self._kept, folder):
+            if is_kept and not self.task.anew and expected.kept_description(self._kept_folder, folder):
                 result = _read_result(folder / "result.json")
             if result is None:
                 request = {"do": "describe", "workloads": list(self.task.workloads)}
                 limit = self.task.limits.trace_seconds if self._is_dry else self.task.limits.check_seconds
                 result = self._finish(self._start_oracle("describe", request), limit)
                 if is_kept:
-                    expected.keep_description(folder, self._kept)
+                    expected.keep_description(folder, self._kept_folder)
             described: dict[str, Any] = result["workloads"]
             return described
 
@@ -273,9 +274,15 @@ class Judging:
         """Both at once, on two cores: the compiler's verdict comes first, and a known program is not checked again."""
         # Drawn now that the artifacts exist, so that nothing in them can depend on it.
         self._secret = secrets.randbits(31)
-        request = {"do": "check", "workloads": self._artifacts(traced, "cpu"), "secret": self._secret}
-        if self._kept.is_dir() and not self.task.anew:
-            request["expected"] = str(self._kept)
+        request = {
+            "do": "check",
+            "workloads": self._artifacts(traced, "cpu"),
+            "secret": self._secret,
+            "described": str(self._subfolder("describe")),
+        }
+        self._uses_kept = self._kept_folder.is_dir() and not self.task.anew
+        if self._uses_kept:
+            request["expected"] = str(self._kept_folder)
         checking = self._start_oracle("check", request)
         try:
             if self.task.mode == "model" or self.task.device == "tpu":
@@ -290,13 +297,32 @@ class Judging:
                 with self._stage("correctness", "correctness: the CPU program against the oracle"):
                     self._finish(checking, self.task.limits.check_seconds)
                 if not self._is_dry:
-                    expected.install(checking[1], self._kept)
+                    expected.install(checking[1], self._kept_folder)
                 with self._stage("races", "races: the strict interpreter on one small check set a workload"):
                     self._finish(racing, self.task.limits.check_seconds)
             finally:
                 racing[0].kill()
         finally:
             checking[0].kill()
+
+    def confirm(self, verdict: Verdict) -> None:
+        """Before a candidate is kept: whether the outputs that were kept, with which it agreed, are the reference's.
+
+        Raises CannotJudge.
+        """
+        if not self._uses_kept:
+            return
+        request = {
+            "do": "confirm",
+            "workloads": list(verdict.workloads),
+            "secret": self._secret,
+            "expected": str(self._kept_folder),
+        }
+        try:
+            with self._stage("confirm", "kept outputs: the reference once more, before this is kept"):
+                self._finish(self._start_oracle("confirm", request), self.task.limits.check_seconds)
+        except Failed as failure:
+            raise CannotJudge(f"the lineage's baseline cannot be used as the oracle: {failure}") from failure
 
     def _start_strict(self, traced: dict[str, Any]) -> tuple[Process, Path]:
         described = self.folder / "describe"
@@ -388,6 +414,7 @@ class Judging:
                 self._subfolder("measure"),
                 programs,
                 sealed=self._sealed_file(),
+                secret=self._secret,
                 device=self.task.device,
                 device_kind=self.task.chip.device_kind,
                 deep=self.task.deep,
@@ -476,7 +503,7 @@ class Judging:
                 raise CannotJudge(f"{message} (full log in the folder that --keep names)")
             raise Failed("FAIL_CRASH", message)
         status, reason = result.get("status"), str(result.get("reason", ""))
-        if status == "UNKNOWN" and script == "oracle.py":
+        if status == "CANNOT_JUDGE" and script == "oracle.py":
             raise CannotJudge(reason)
         if status == "SEAL" and script == "oracle.py":
             if self._is_dry:

@@ -5,6 +5,7 @@ and to have objects and refs on the disk before it answers.
 """
 
 import hashlib
+import io
 import os
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -154,9 +155,45 @@ class Repository:
         return self.ask("rev-parse", "-q", "--verify", f"{commit}:{name}")
 
     def file_at(self, commit: str, name: str) -> bytes | None:
-        """A file's content in a commit, or None."""
-        blob = self.blob_at(commit, name)
-        return self.run("cat-file", "blob", blob) if blob else None
+        """A top file's content in a commit, or None. Raises Refused where an object is not what its name says."""
+        full = self.ask("rev-parse", "-q", "--verify", f"{commit}^{{commit}}")
+        return self._files_at([full], name)[0] if full else None
+
+    def damaged(self, commits: Iterable[str], name: str) -> dict[str, str]:
+        """Commit → what is wrong, for those in which a top file is not to be had as it was committed."""
+        found, left = {}, list(commits)
+        while left:
+            some, left = left[:100], left[100:]  # their files are held at the same time
+            try:
+                self._files_at(some, name)
+            except Refused:
+                for commit in some:
+                    try:
+                        self._files_at([commit], name)
+                    except Refused as error:
+                        found[commit] = str(error)
+        return found
+
+    def _files_at(self, commits: Sequence[str], name: str) -> list[bytes | None]:
+        trees = [content[len("tree ") :].split(b"\n", 1)[0].decode() for content in self._objects(commits)]
+        blobs = [_entry(content, name) for content in self._objects(trees)]
+        contents = iter(self._objects([blob for blob in blobs if blob]))
+        return [next(contents) if blob else None for blob in blobs]
+
+    def _objects(self, ids: Sequence[str]) -> list[bytes]:
+        """What git has under each id; it takes for granted that an object's file holds what its name says."""
+        told = io.BytesIO(self.run("cat-file", "--batch", data="".join(f"{one}\n" for one in ids).encode()))
+        found = []
+        for one in ids:
+            _, _, kind_and_size = told.readline().rstrip(b"\n").partition(b" ")
+            if kind_and_size == b"missing":
+                raise Refused(f"git has no object {one}; git fetch {ARCHIVE} '{REFS}/*:{REFS}/*' may bring it back")
+            content = told.read(int(kind_and_size.split()[1]))
+            told.read(1)
+            if hashlib.sha1(kind_and_size + b"\0" + content).hexdigest() != one:
+                raise Refused(f"git's object {one} is not what its name says: git fsck; fetch it from another clone")
+            found.append(content)
+        return found
 
     @property
     def is_shallow(self) -> bool:
@@ -280,10 +317,21 @@ def blob_id(path: Path, size_bytes: int | None = None) -> str:
     return digest.hexdigest()
 
 
+def _entry(tree: bytes, name: str) -> str:
+    """The id that a tree, as git stores it, gives for a name; empty where it has none."""
+    while tree:
+        entry, tree = tree.split(b"\0", 1)
+        if entry.split(b" ", 1)[1] == name.encode():
+            return tree[:20].hex()
+        tree = tree[20:]
+    return ""
+
+
 def _environment() -> dict[str, str]:
-    """Ours without what would point git elsewhere. Reading does not write the index."""
+    """Ours without what would point git elsewhere. Reading does not write the index, nor heed `git replace`."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-    return kept | {"GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"}
+    own = {"GIT_NO_REPLACE_OBJECTS": "1", "GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"}
+    return kept | own
 
 
 def _message(text: str) -> bytes:

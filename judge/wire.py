@@ -21,7 +21,7 @@ MAX_BYTES = 64 << 20  # large constants have no place in a kernel
 _MODULES = (
     *("jax._src.core", "jax._src.effects", "jax._src.literals", "jax._src.mesh", "jax._src.source_info_util"),
     *("jax._src.named_sharding", "jax._src.partition_spec", "jax._src.state.types", "jax._src.pallas.core"),
-    *("jax._src.pallas.mosaic.core", "ml_dtypes"),
+    "jax._src.pallas.mosaic.core",
 )
 _EXACT = {
     ("builtins", "set"),
@@ -52,10 +52,10 @@ _REBUILDERS = {
     ("numpy.core.multiarray", "scalar"),
     ("numpy.core.numeric", "_frombuffer"),
 }
-_NUMPY_TYPES = (
-    *("bool", "bool_", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
-    *("float16", "float32", "float64", "complex64"),
-)
+
+
+_NO_FLAGS = "metadata and compiler flags of its own have no place in a pallas_call"
+_OTHER_CALLS = ("core_map", "mpmd_map")
 
 
 class WireError(Exception):
@@ -84,6 +84,8 @@ def loads(data: bytes) -> Any:
     """The closed jaxpr that dumps wrote, with its types checked. Raises WireError."""
     from jax._src import core
 
+    from judge import jax_shims
+
     if len(data) > MAX_BYTES:
         raise WireError(
             f"the traced program has {len(data)} bytes, at most {MAX_BYTES} may be: are there constants in it?"
@@ -92,7 +94,9 @@ def loads(data: bytes) -> Any:
         program = _Reader(io.BytesIO(data)).load()
         if not isinstance(program, core.ClosedJaxpr):
             raise WireError("no traced program")
+        jax_shims.check_form(program)
         core.check_jaxpr(program.jaxpr)
+        jax_shims.check_calls(program)
     except WireError:
         raise
     except Exception as error:
@@ -128,7 +132,13 @@ def primitive(module: str, attribute: str) -> Any:
     value = getattr(sys.modules.get(module), attribute, None) if module.startswith("jax._src.") else None
     if not isinstance(value, core.Primitive):
         raise WireError(f"no primitive {module}.{attribute}")
+    _check_kind(value)
     return value
+
+
+def _check_kind(known: Any) -> None:
+    if known.name in _OTHER_CALLS:
+        raise WireError(f"pl.pallas_call is the one kind of kernel that is judged: not {known.name}, nor pl.kernel")
 
 
 def nodes(structure: Any) -> Any:
@@ -198,7 +208,10 @@ def numpy_type(name: str) -> Any:
     import ml_dtypes
     import numpy as np
 
-    return getattr(np, name) if name in _NUMPY_TYPES else getattr(ml_dtypes, name)
+    value = getattr(np if hasattr(np, name) else ml_dtypes, name, None)
+    if not isinstance(value, type) or not issubclass(value, np.generic):
+        raise WireError(f"no element type {name}")
+    return value
 
 
 def type_of(value: Any) -> Any:
@@ -223,9 +236,9 @@ class _Writer(pickle.Pickler):
 
         import jax
         import numpy as np
-        from jax._src import core, effects, literals, mesh, source_info_util
+        from jax._src import core, effects, frozen_dict, literals, mesh, source_info_util
 
-        # The most common kinds by their constructors, which is a fifth of the bytes of a state to be set.
+        # The most common kinds by their constructors, which take fewer bytes than a state to be set.
         if isinstance(value, core.Var):
             return core.Var, (value.aval, value.initial_qdd, value.final_qdd)
         if isinstance(value, core.Literal):
@@ -237,6 +250,7 @@ class _Writer(pickle.Pickler):
         if isinstance(value, core.Primitive):
             if id(value) not in self._names:
                 raise WireError(f"the kernel uses a primitive that is not jax's own: {value.name}")
+            _check_kind(value)
             return primitive, self._names[id(value)]
         if isinstance(value, jax.tree_util.PyTreeDef):
             return tree, (self._shapes.setdefault(value, nodes(value)),)  # the same object for trees that are equal
@@ -268,6 +282,8 @@ class _Writer(pickle.Pickler):
             return refusing, ()
         if isinstance(value, jax.Array):
             return np.asarray(value).__reduce_ex__(5)
+        if isinstance(value, frozen_dict.FrozenDict):
+            raise WireError(_NO_FLAGS)
         return NotImplemented
 
 
@@ -280,10 +296,10 @@ def _is_data(kind: type) -> bool:
 
 
 def _is_of_jax(kind: type) -> bool:
-    """A class that jax or ml_dtypes defines, no module's import of another's, and none that does the tracing."""
+    """A class that jax defines, no module's import of another's, and none that does the tracing."""
     from jax._src import core
 
-    return kind.__module__.startswith(("jax", "ml_dtypes")) and not issubclass(kind, core.Primitive | core.Trace)
+    return kind.__module__.startswith("jax") and not issubclass(kind, core.Primitive | core.Trace)
 
 
 def _takes_state(instance: Any, state: Any) -> bool:

@@ -68,41 +68,54 @@ def test_lineages_before_the_last_two_are_forgotten(tmp_path, kept):
     assert sorted(path.name for path in (tmp_path / "all").iterdir()) == ["three", "two"]
 
 
-def judged(folder, candidate, sealed, **options):
+def judged(folder, candidate, sealed, *, confirm=False, **options):
     folder.mkdir()
     task = pipeline.Task(candidate=candidate, sealed=sealed, chip=load_chip("v5e"), mode="model", **options)
-    return pipeline.Judging(task, folder, lambda text: None).run()
+    judging = pipeline.Judging(task, folder, lambda text: None)
+    verdict = judging.run()
+    if confirm:
+        judging.confirm(verdict)
+    return verdict
 
 
-def test_the_next_experiment_uses_what_the_last_one_kept(tmp_path, monkeypatch):
+@pytest.fixture
+def pair(tmp_path, monkeypatch):
+    """(sealed, candidate) in a project of their own."""
     monkeypatch.setattr(pipeline, "ROOT", tmp_path)
     (tmp_path / "requirements.lock").write_text("")
     text = (Path(__file__).parent / "kernels" / "scaled_add.py").read_text() + 'CHECKS = {"fixed": {}}\n'
     sealed = contract.check_source(text.encode(), "kernel.py")
-    candidate = contract.check_source(text.encode() + b"# another file\n", "kernel.py")
+    return sealed, contract.check_source(text.encode() + b"# another file\n", "kernel.py")
+
+
+def add_to_kept(folder, amount):
+    (path,) = folder.glob("*.npz")
+    with np.load(path) as file:
+        data = {name: file[name] for name in file.files}
+    data["0"] = np.frombuffer((data["0"].view(np.float32) + np.float32(amount)).tobytes(), np.uint8)
+    np.savez(path, **data)
+
+
+def test_the_next_experiment_uses_what_the_last_one_kept(tmp_path, pair):
+    sealed, candidate = pair
     folder = expected.folder_of(tmp_path, sealed.text)
 
     assert judged(tmp_path / "dry", sealed, sealed).status == "PASS"
     assert not folder.exists(), "a dry run's file is its own oracle"
     assert judged(tmp_path / "first", candidate, sealed).status == "PASS"
     assert list(folder.glob("*.npz"))
-    for path in folder.glob("*.npz"):  # what is kept is wrong now: that it is used shows in the verdict
-        with np.load(path) as file:
-            data = {name: file[name] for name in file.files}
-        data["0"] = np.frombuffer((data["0"].view(np.float32) + 1).tobytes(), np.uint8)
-        np.savez(path, **data)
+    add_to_kept(folder, 1)  # wrong now: that it is used shows in the verdict
     verdict = judged(tmp_path / "second", candidate, sealed)
     assert verdict.status == "FAIL_CORRECTNESS", verdict.reason
     assert judged(tmp_path / "again", candidate, sealed, anew=True).status == "PASS"  # and keeps what is right
-    assert judged(tmp_path / "third", candidate, sealed).status == "PASS"
+    assert judged(tmp_path / "third", candidate, sealed, confirm=True).status == "PASS"
+    add_to_kept(folder, 1e-5)  # within the tolerance
+    with pytest.raises(pipeline.CannotJudge, match="check 'fixed': the reference's outputs: what is kept in"):
+        judged(tmp_path / "fourth", candidate, sealed, confirm=True)
 
 
-def test_the_next_experiment_knows_the_inputs_of_the_last_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "ROOT", tmp_path)
-    (tmp_path / "requirements.lock").write_text("")
-    text = (Path(__file__).parent / "kernels" / "scaled_add.py").read_text()
-    sealed = contract.check_source(text.encode(), "kernel.py")
-    candidate = contract.check_source(text.encode() + b"# another file\n", "kernel.py")
+def test_the_next_experiment_knows_the_inputs_of_the_last_one(tmp_path, pair):
+    sealed, candidate = pair
 
     def flops_per_second(folder, **options):
         verdict = judged(tmp_path / folder, candidate, sealed, **options)
@@ -111,15 +124,33 @@ def test_the_next_experiment_knows_the_inputs_of_the_last_one(tmp_path, monkeypa
 
     first = flops_per_second("first")
     path = expected.folder_of(tmp_path, sealed.text) / expected.INPUTS / "result.json"
-    said = json.loads(path.read_text())
-    for workload in said["workloads"].values():  # wrong now: that it is used shows in the figures
+    said = path.read_text()
+    path.write_text(said + "\n")
+    assert flops_per_second("second") == first
+    assert path.read_text() == said + "\n", "used, not made again"
+    wrong = json.loads(said)
+    for workload in wrong["workloads"].values():
         workload["flops"] /= 2
-    path.write_text(json.dumps(said))
-    assert flops_per_second("second") == first / 2
+    path.write_text(json.dumps(wrong))
+    with pytest.raises(pipeline.CannotJudge, match="is not what the sealed file gives"):
+        flops_per_second("third")
     assert flops_per_second("again", anew=True) == first  # and keeps what is right
     path.write_text("{")
     assert flops_per_second("torn") == first
     assert flops_per_second("last") == first
+
+
+def test_scalars_that_the_sealed_file_does_not_give(tmp_path, pair):
+    """By them the schedule is timed: shorter lengths would make every kernel faster."""
+    sealed, candidate = pair
+    assert judged(tmp_path / "first", candidate, sealed).status == "PASS"
+    (path,) = (expected.folder_of(tmp_path, sealed.text) / expected.INPUTS).glob("*.npz")
+    with np.load(path) as file:
+        data = {name: file[name] + 1 for name in file.files}
+    assert data
+    np.savez(path, **data)
+    with pytest.raises(pipeline.CannotJudge, match="workload default: its lengths"):
+        judged(tmp_path / "second", candidate, sealed)
 
 
 def test_inputs_that_are_forgotten_meanwhile_are_made_again(tmp_path):

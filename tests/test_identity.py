@@ -1,7 +1,11 @@
 """judge/identity.py: the judge runs from a checked copy, and nothing stands in for a part of it."""
 
 import hashlib
+import importlib.util
+import marshal
 import os
+import struct
+from pathlib import Path
 
 import pytest
 
@@ -69,6 +73,24 @@ def test_symbolic_link(project, name):
     path.rename(elsewhere)
     path.symlink_to(elsewhere)
     refused(project, f"{name} is a symbolic link")
+
+
+def test_a_compiled_file_stands_in_for_nothing(project):
+    """Python takes one that has the size and time of its source for what that says."""
+    path = project.folder / "judge" / "identity.py"
+    lies = compile("raise SystemExit(0)", str(path), "exec")
+    compiled = Path(importlib.util.cache_from_source(str(path)))
+    compiled.parent.mkdir(exist_ok=True)
+    of_source = struct.pack("<III", 0, int(path.stat().st_mtime), path.stat().st_size)
+    compiled.write_bytes(importlib.util.MAGIC_NUMBER + of_source + marshal.dumps(lies))
+    assert project.prepare("--audit").out == "audit: ledger and git agree\n"
+
+
+def test_pythons_own_variables_change_nothing(project):
+    (project.folder / "elsewhere").mkdir()
+    (project.folder / "elsewhere" / "argparse.py").write_text("raise SystemExit(0)\n")
+    done = project.ratchet("--chip", "v9", "try", PYTHONPATH=str(project.folder / "elsewhere"))
+    assert done.code == 2, done.out
 
 
 def test_files_of_the_users_own_are_nobodys_business(project):

@@ -258,7 +258,7 @@ def test_the_timed_scalars_are_checked_with_secret_data():
 
     file = sealed(generate_inputs=made)
     timed, drawn = (inputs_of(file, seed, {"n": 64}) for seed in (TIMED_SEED, 7))
-    checked = timed_inputs(file, {"n": 64}, 7)
+    checked = timed_inputs(file, {"n": 64}, timed, 7)
     for array, of in zip(checked, (drawn[0], timed[1], drawn[2], timed[3]), strict=True):
         assert np.array_equal(array, of, equal_nan=array.dtype.kind == "f")
 

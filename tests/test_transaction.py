@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import zlib
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -46,6 +47,34 @@ def attempt(project, block, status="PASS"):
     with attempting(project, f"block {block}") as (transaction, candidate):
         transaction.record(row(len(project.rows()) + 1, candidate, status))
     return candidate
+
+
+def overwritten(project, blob):
+    """The object's file has other content."""
+    path = project.folder / ".git" / "objects" / blob[:2] / blob[2:]
+    path.chmod(0o644)
+    path.write_bytes(zlib.compress(b"blob 5\0lies\n"))
+
+
+def replaced(project, blob):
+    """Git gives another object in its place."""
+    project.git("replace", blob, project.git("rev-parse", "HEAD:README.md").strip())
+
+
+@pytest.mark.parametrize("change", [overwritten, replaced])
+def test_the_sealed_file_is_the_one_that_was_committed(project, change):
+    committed = project.kernel.read_text()
+    candidate = attempt(project, 64)
+    repository = Repository(project.folder)
+    change(project, project.git("rev-parse", f"{candidate.commit}:kernel.py").strip())
+    if change is replaced:
+        assert repository.source_at(candidate.commit).text == project.kernel.read_text()
+        assert audit(project.folder) == []
+        return
+    with pytest.raises(Refused, match="is not what its name says: git fsck"):
+        repository.source_at(candidate.commit)
+    assert repository.source_at(candidate.parent).text == committed
+    assert [line for line in audit(project.folder) if "row 1" in line and "is not what its name says" in line]
 
 
 # --- refused ---

@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src import core
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from judge import wire
 
@@ -51,6 +54,7 @@ def test_what_is_sent_arrives():
         ("jax._src.core", "jaxpr_as_fun"),
         ("numpy", "memmap"),
         ("numpy.dtypes", "os.system"),
+        ("ml_dtypes", "finfo"),  # gives what everybody shares
     ],
 )
 def test_names_that_have_no_place(module, name):
@@ -78,6 +82,92 @@ def test_the_state_of_an_element_type_has_no_fields():
     state = pickle.dumps((3, "|", None, ("f",), {"f": (np.dtype("i4"), 0)}, 8, 1, 63), protocol=0)[:-1]
     with pytest.raises(wire.WireError):
         wire.loads(b"\x80\x05" + kind + state + pickle.BUILD + b".")
+
+
+@pytest.mark.parametrize("name", ["__builtins__", "__dict__", "finfo", "memmap", "no_such_type"])
+def test_an_element_type_is_one(name):
+    """As `ml_dtypes.__builtins__`, what every function of the process calls could be replaced."""
+    kind = named("judge.wire", "numpy_type") + text(name) + pickle.TUPLE1 + pickle.REDUCE
+    assert f"no element type {name}" in refused(kind, text("sum"), named("judge.wire", "refusing"), pickle.SETITEM)
+    assert sum([1, 2]) == 3
+
+
+def smaller(a_ref, x_ref, out_ref):
+    out_ref[...] = jnp.where(a_ref[0] < a_ref[1], x_ref[...], 0.0)
+
+
+def with_scalars(kind, **options):
+    """A traced Pallas call on two scalars of a type and a block of numbers."""
+    block = pl.BlockSpec((8, 128), lambda i, a_ref: (i, 0))
+    call = pl.pallas_call(
+        smaller,
+        out_shape=jax.ShapeDtypeStruct((16, 128), jnp.float32),
+        grid_spec=pltpu.PrefetchScalarGridSpec(num_scalar_prefetch=1, grid=(2,), in_specs=[block], out_specs=block),
+        **options,
+    )
+    return jax.make_jaxpr(call)(jnp.ones(2, kind), jnp.ones((16, 128)))
+
+
+def call_of(traced):
+    return next(e for e in traced.jaxpr.eqns if e.primitive.name == "pallas_call").params
+
+
+def in_the_kernel(traced):
+    """Its second reference has another block than the call says."""
+    reference = call_of(traced)["jaxpr"].invars[1]
+    reference.aval = reference.aval.update(inner_aval=reference.aval.inner_aval.update(shape=(4, 128)))
+
+
+def in_the_mapping(traced):
+    array = call_of(traced)["grid_mapping"].block_mappings[0]
+    object.__setattr__(array, "array_aval", array.array_aval.update(shape=(32, 128)))
+
+
+def in_the_grid(traced):
+    object.__setattr__(call_of(traced)["grid_mapping"], "index_map_avals", ())
+
+
+def outside(traced):
+    """The scalars have a sign where the call comes from, and none in the kernel."""
+    scalars = traced.jaxpr.invars[0]
+    scalars.aval = scalars.aval.update(dtype=np.dtype("int32"))
+
+
+def flags(traced):
+    options = pltpu.CompilerParams()
+    object.__setattr__(options, "flags", {"any": True})
+    call_of(traced)["compiler_params"] = options
+
+
+def looks_like_a_primitive(traced):
+    """A class of jax's that holds what it is given, named as one that is known."""
+    other = core.ShapedArray((), np.dtype("int32"))
+    traced.jaxpr.eqns[0] = core.JaxprEqn(**{**fields_of(traced.jaxpr.eqns[0]), "primitive": other})
+
+
+def not_a_list(traced):
+    traced.jaxpr._eqns = tuple(traced.jaxpr.eqns)
+
+
+def fields_of(equation):
+    names = ("invars", "outvars", "primitive", "params", "effects", "source_info", "ctx")
+    return {name: getattr(equation, name) for name in names}
+
+
+@pytest.mark.parametrize(
+    "lie", [looks_like_a_primitive, not_a_list, in_the_kernel, in_the_mapping, in_the_grid, outside, flags]
+)
+def test_a_call_that_lies(on_v5e, lie):
+    honest = with_scalars(jnp.uint32)
+    assert str(wire.loads(wire.dumps(honest))) == str(honest)
+    lie(honest)
+    with pytest.raises(wire.WireError):
+        wire.loads(wire.dumps(honest))
+
+
+def test_a_kernel_chooses_no_flags(on_v5e):
+    with pytest.raises(wire.WireError, match="compiler flags of its own"):
+        wire.dumps(with_scalars(jnp.int32, compiler_params=pltpu.CompilerParams(flags={"any": True})))
 
 
 def test_more_than_a_program_has():

@@ -27,15 +27,15 @@ def chip_attached() -> bool:
 
 
 def measure(
-    folder: Path, programs: dict[str, Any], *, sealed: Path, device: str, device_kind: str, deep: bool
+    folder: Path, programs: dict[str, Any], *, sealed: Path, secret: int, device: str, device_kind: str, deep: bool
 ) -> dict[str, dict[str, float]]:
     """Program (candidate, champion) → workload → median seconds; `folder`/profile has XProf's recording of each.
 
     Raises MeasureError.
     """
     path = folder / "request.json"
-    request = {"programs": programs, "sealed": str(sealed), "device": device, "out": str(folder)}
-    path.write_text(json.dumps(request | {"profile": str(folder / "profile"), "deep": deep}))
+    request = {"programs": programs, "sealed": str(sealed), "secret": secret, "device": device}
+    path.write_text(json.dumps(request | {"out": str(folder), "profile": str(folder / "profile"), "deep": deep}))
     process = Process(RUNNER, [str(path)], folder=folder, own_interpreter=True)
     finished = process.wait(LIMIT_SECONDS)
     if finished.timed_out:

@@ -94,6 +94,46 @@ CASES = [
         reason="matrix products beside the Pallas kernel",
     ),
     Case(
+        name="compiler flags of its own",
+        base="add",
+        own_baseline=True,
+        edits=(
+            (
+                "    )(a, x, y)",
+                '        compiler_params=pltpu.CompilerParams(flags={"xla_tpu_any": True}),\n    )(a, x, y)',
+            ),
+        ),
+        status="FAIL_CONTRACT",
+        reason="compiler flags of its own",
+    ),
+    Case(
+        name="a kernel of another kind, which nothing follows",
+        base="add",
+        own_baseline=True,
+        edits=(
+            ("import jax\n", "import functools\n\nimport jax\n"),
+            (
+                "    rows = pl.BlockSpec((BLOCK, COLUMNS), lambda i, a_ref: (i, 0))\n    return pl.pallas_call(\n",
+                """    @functools.partial(
+        pl.kernel,
+        out_type=jax.ShapeDtypeStruct(x.shape, x.dtype),
+        mesh=pltpu.create_tensorcore_mesh("core", num_cores=1),
+        scratch_types=[pltpu.VMEM(x.shape, x.dtype)],
+    )
+    def copied(x_hbm, out_hbm, x_vmem):
+        pltpu.sync_copy(x_hbm, x_vmem)
+        pltpu.sync_copy(x_vmem, out_hbm)
+
+    x = copied(x)
+    rows = pl.BlockSpec((BLOCK, COLUMNS), lambda i, a_ref: (i, 0))
+    return pl.pallas_call(
+""",
+            ),
+        ),
+        status="FAIL_CONTRACT",
+        reason="pl.pallas_call is the one kind of kernel that is judged",
+    ),
+    Case(
         name="approximate on the chip alone",
         edits=(
             (
