@@ -141,27 +141,32 @@ def flags(traced):
 
 def looks_like_a_primitive(traced):
     """A class of jax's that holds what it is given, named as one that is known."""
-    other = core.ShapedArray((), np.dtype("int32"))
-    traced.jaxpr.eqns[0] = core.JaxprEqn(**{**fields_of(traced.jaxpr.eqns[0]), "primitive": other})
+    eqn, other = traced.jaxpr.eqns[0], core.ShapedArray((), np.dtype("int32"))
+    parts = (eqn.invars, eqn.outvars, other, eqn.params, eqn.effects, eqn.source_info, eqn.ctx)
+    traced.jaxpr.eqns[0] = core.JaxprEqn(*parts)
 
 
 def not_a_list(traced):
     traced.jaxpr._eqns = tuple(traced.jaxpr.eqns)
 
 
-def fields_of(equation):
-    names = ("invars", "outvars", "primitive", "params", "effects", "source_info", "ctx")
-    return {name: getattr(equation, name) for name in names}
-
-
 @pytest.mark.parametrize(
-    "lie", [looks_like_a_primitive, not_a_list, in_the_kernel, in_the_mapping, in_the_grid, outside, flags]
+    ("lie", "told"),
+    [
+        (looks_like_a_primitive, "an equation that jax did not make"),
+        (not_a_list, "a jaxpr that jax did not make"),
+        (in_the_kernel, "what it says of what its kernel takes"),
+        (in_the_mapping, "what it says of its arrays"),
+        (in_the_grid, "what it says of what its index maps take"),
+        (outside, "what it says of its scalars"),
+        (flags, "what it says of how it is compiled"),
+    ],
 )
-def test_a_call_that_lies(on_v5e, lie):
+def test_a_call_that_lies(on_v5e, lie, told):
     honest = with_scalars(jnp.uint32)
     assert str(wire.loads(wire.dumps(honest))) == str(honest)
     lie(honest)
-    with pytest.raises(wire.WireError):
+    with pytest.raises(wire.WireError, match=told):
         wire.loads(wire.dumps(honest))
 
 
