@@ -5,7 +5,8 @@
 It is in every row, and the first kept row's is the lineage's seal. The judge does not run from the working tree: what
 was hashed is copied to `.ratchet/judge/<hash>/`, the copy is hashed again, and prepare.py goes on there in an isolated
 interpreter that neither reads nor writes compiled files. Checked too: symbolic links, files that Python would import
-instead of an installed module, git hooks and attributes, `sitecustomize`. Not covered: the Python of .venv itself.
+instead of an installed module, git hooks and attributes, `sitecustomize`. Not covered: the Python of .venv itself, the
+git that PATH names.
 """
 
 import hashlib
