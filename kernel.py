@@ -37,6 +37,7 @@ SOFTMAX_ROWS = 64  # rows of scores that become weights at a time
 TILE_COLUMNS = 256  # the same of columns, where scores stand on their side
 CHUNK_WORDS = 512  # 32-bit words of a KV block whose keys meet a decode's queries at a time
 PAGES_TOGETHER = 4  # pages whose copies one turn of a loop starts
+PIECE_TOKENS = 8  # a decode's last page is fetched in whole pieces of so many tokens
 PART_WORDS = 8192  # words of a decode's last KV block at a time: fewer take as long, more may be for nothing
 DECODES_BESIDE = 2  # KV blocks of decodes that go with one of a prefill
 DECODE_BUFFERS = 3  # KV blocks of decodes in VMEM: one in work, the others on their way
@@ -330,28 +331,36 @@ def _wait(copy):
     copy.wait()
 
 
-def _for_pages(call, seq, block, start, tokens, kv_vmem, sem, do):
+def _for_pages(call, seq, block, start, tokens, kv_vmem, sem, do, piece=None):
     """`do(copy)` for each page of a KV block that holds any of a sequence's tokens from `start` to before `tokens`.
 
-    They are started PAGES_TOGETHER at a time, and waited for as if they came in as few copies as can be.
+    They are started PAGES_TOGETHER at a time, and waited for as if they came in as few copies as can be. `piece`: so
+    many tokens are the least that is fetched of the last page, instead of all of it.
     """
     bkv, page_size = kv_vmem.shape[0], call.page_size
+    piece = piece or page_size
+    in_page = page_size // piece
     first, count = block * (bkv // page_size), bkv // page_size
-    pages = jnp.minimum(count, pl.cdiv(tokens, page_size) - first)
+    pieces = jnp.minimum(count * in_page, pl.cdiv(tokens, piece) - first * in_page)
     skipped = 0 if call.options.sliding_window is None else jnp.maximum(start // page_size - first, 0)
     target = kv_vmem.at[:, pl.ds(0, call.cache_hbm.shape[2])]
 
     if do is _wait:
-        left = jnp.maximum(pages - skipped, 0)
-        for bit in range(count.bit_length()):
-            some = target.at[pl.ds(0, page_size << bit)]
+        left = jnp.maximum(pieces - skipped * in_page, 0)
+        for bit in range((count * in_page).bit_length()):
+            some = target.at[pl.ds(0, piece << bit)]
             pl.when(left & 1 << bit != 0)(pltpu.make_async_copy(some, some, sem).wait)
         return
 
-    def copy(page):
-        slots = target.at[pl.ds(page * page_size, page_size)]
-        do(pltpu.make_async_copy(call.cache_hbm.at[call.page_of(seq, first + page)], slots, sem))
+    def copy(page, token=0, count=page_size):
+        slots = target.at[pl.ds(page * page_size + token, count)]
+        tokens = call.cache_hbm.at[call.page_of(seq, first + page), pl.ds(token, count)]
+        do(pltpu.make_async_copy(tokens, slots, sem))
 
+    pages, last = jax.lax.div(pieces, in_page), jax.lax.rem(pieces, in_page)
+    for bit in range((in_page - 1).bit_length()):
+        so_far = (last >> bit + 1) << bit + 1
+        pl.when(last & 1 << bit != 0)(functools.partial(copy, pages, so_far * piece, piece << bit))
     together = jnp.maximum(pages - skipped, 0) // PAGES_TOGETHER
 
     @pl.loop(0, together)
@@ -418,7 +427,9 @@ def _for_decode_block(call, d, seq, block, slot, do):
             _for_tiles(hbm.at[pl.ds(row, 1)], ring.at[slot], d.ring_sems.at[slot], do)
 
     kv, sem = d.kv_ring.at[slot], d.ring_sems.at[slot]
-    _for_pages(call, seq, block, _decode_first_seen(call, seq), call.kv_lens[seq], kv, sem, do)
+    in_cache = call.kv_lens[seq] - 1 if call.options.causal else call.kv_lens[seq]
+    piece = math.gcd(PIECE_TOKENS, call.page_size)
+    _for_pages(call, seq, block, _decode_first_seen(call, seq), in_cache, kv, sem, do, piece)
 
 
 def _fetch_decode_block(call, d, ahead):
@@ -761,39 +772,41 @@ def _prefill_pass(call, b, decode_some, decoding):
         return call.first_seen(item.position) // b.kv.shape[1]
 
     def attend(state):
-        seq, q_block, slot, parity, before, decoding = state
+        seq, q_block, slot, kept, parity, before, decoding = state
         item = _item(call, b, seq, q_block)
         last = item.row_end == call.cu_q_lens[seq + 1]
         next_seq = call.next_with(is_prefill, jnp.where(last, seq + 1, seq))
         next_block = jnp.where(last, 0, q_block + 1)
         following = _item(call, b, jnp.minimum(next_seq, call.kv_lens.shape[0] - 1), next_block)
-        for_there = functools.partial(pl.when, next_seq < total)
-
         _for_inputs(call, b, item, parity, _wait)
         _begin_item(call, b, item, parity)
 
         start = first_block(following) * b.kv.shape[1]
+        stays = jnp.logical_and(next_seq == seq, first_block(following) == _last_block(call, b, item))
         reads_new = jnp.logical_and(item.position < start + b.kv.shape[1], item.end > start)
-        reads_new = jnp.logical_and(next_seq == seq, reads_new)
+        reads_new = jnp.logical_and(next_seq == seq, jnp.logical_and(reads_new, jnp.logical_not(stays)))
 
         def wait_for_new_tokens(condition):
             if call.options.causal:
                 pl.when(condition)(lambda: _for_new_tokens(call, b, item, _wait))
 
         def start_inputs():
-            for_there()(lambda: _for_inputs(call, b, following, 1 - parity, _start))
+            pl.when(next_seq < total)(lambda: _for_inputs(call, b, following, 1 - parity, _start))
 
         def start_following(slot):
             wait_for_new_tokens(reads_new)
-            for_there()(lambda: _for_item_pages(call, b, following, first_block(following), slot, _start))
+            wanted = jnp.logical_and(next_seq < total, jnp.logical_not(stays))
+            pl.when(wanted)(lambda: _for_item_pages(call, b, following, first_block(following), slot, _start))
 
         ahead = start_inputs, start_following
-        slot, decoding = _attend_item(call, b, item, first_block(item), (slot, decoding), *ahead, decode_some)
+        first = first_block(item)
+        slot, decoding = _attend_item(call, b, item, first, kept, (slot, decoding), *ahead, decode_some)
         wait_for_new_tokens(jnp.logical_not(reads_new))
         pl.when(before[0] >= 0)(lambda: _for_rows(call, b, _item(call, b, *before), _wait))
         _finish_item(call, b)
         _for_rows(call, b, item, _start)
-        return next_seq, next_block, slot, 1 - parity, (seq, q_block), decoding
+        kept, slot = jnp.where(stays, start // b.kv.shape[1], -1), jnp.where(stays, 1 - slot, slot)
+        return next_seq, next_block, slot, kept, 1 - parity, (seq, q_block), decoding
 
     for head in range(call.num_q_heads):
         b.sums.reset(call, head)
@@ -807,7 +820,7 @@ def _prefill_pass(call, b, decode_some, decoding):
         _for_item_pages(call, b, item, first_block(item), 0, _start)
 
     none = jnp.int32(-1)
-    state = (first, zero, zero, zero, (none, zero), decoding)
+    state = (first, zero, zero, none, zero, (none, zero), decoding)
     *_, before, decoding = jax.lax.while_loop(lambda state: state[0] < total, attend, state)
     pl.when(before[0] >= 0)(lambda: _for_rows(call, b, _item(call, b, *before), _wait))
     return decoding
@@ -874,20 +887,29 @@ def _begin_item(call, b, item, parity):
                 b.sums.take(call, head, rows)
 
 
-def _for_item_pages(call, b, item, block, slot, do):
-    """`do(copy)` for each page of a KV block with tokens from before the item's own, which it brings itself."""
+def _last_block(call, b, item):
+    """The last KV block that the item sees."""
+    return pl.cdiv(item.end if call.options.causal else call.kv_lens[item.seq], b.kv.shape[1]) - 1
+
+
+def _for_item_pages(call, b, item, block, slot, do, kept=None):
+    """`do(copy)` for each page of a KV block with tokens from before the item's own, which it brings itself.
+
+    None of the block that is `kept`: it is there from the item before.
+    """
     start, end = call.first_seen(item.position), item.position if call.options.causal else call.kv_lens[item.seq]
+    end = end if kept is None else jnp.where(block == kept, 0, end)
     _for_pages(call, item.seq, block, start, end, b.kv.at[slot], b.kv_sems.at[slot], do)
 
 
-def _attend_item(call, b, item, first, carry, start_inputs, start_following, decode_some):
-    """The item against the KV blocks that it sees, block `first` being on its way to a slot.
+def _attend_item(call, b, item, first, kept, carry, start_inputs, start_following, decode_some):
+    """The item against the KV blocks that it sees, block `first` being on its way to a slot, or there if it is `kept`.
 
     `carry`: that slot, and the state of the decodes, some of whose blocks go with each; both as they are afterwards.
     """
     bkv = b.kv.shape[1]
     end = item.end if call.options.causal else call.kv_lens[item.seq]
-    last = pl.cdiv(end, bkv) - 1
+    last = _last_block(call, b, item)
     first_new = item.position // bkv  # a page there may hold old tokens too, and is read before it is written
 
     def step(block, carry):
@@ -897,7 +919,7 @@ def _attend_item(call, b, item, first, carry, start_inputs, start_following, dec
             _for_item_pages(call, b, item, block + 1, 1 - slot, _start)
 
         pl.when(block < last)(start_next)
-        _for_item_pages(call, b, item, block, slot, _wait)
+        _for_item_pages(call, b, item, block, slot, _wait, kept)
         if call.options.causal:
             pl.when(block == first_new)(lambda: _for_new_tokens(call, b, item, _start))
         pl.when(block == first)(start_inputs)  # the item's own copies go first: the next item may wait for them
