@@ -13,6 +13,7 @@ from judge.ledger_index import LedgerIndex
 from judge.lock import Refused
 from judge.measure.manager import chip_attached
 from judge.repository import KERNEL, LEDGER, Repository
+from judge.roofline import Figures
 from judge.transaction import Candidate, Plan, Transaction
 
 MAX_NOTE = 2000
@@ -183,15 +184,10 @@ def _judge(
         verdict = judging.run(
             lambda program: None if confirming else _known(program, index.with_program(lineage.number, program), judge)
         )
-        best = champion.score if champion else None
-        if (
-            verdict.total
-            and verdict.status == decide.PASS
-            and (best is None or verdict.total.score > best or experiment.mode == "chip")
-        ):
+        verdict.champion_ms = judging.champion_ms
+        if verdict.total and verdict.status == _decided(verdict.total, verdict, champion).status == decide.PASS:
             judging.confirm(verdict)
         profile.save(repository.folder, f"{index.count + 1:05d}-{chip.name}-{candidate.commit[:8]}", judging, verdict)
-    verdict.champion_ms = judging.champion_ms
     return verdict
 
 
@@ -218,12 +214,17 @@ def _compare(verdict: pipeline.Verdict, candidate: Candidate, lineage: Lineage, 
     if known:  # judged at the same time
         verdict.status, verdict.reason = decide.DUPLICATE, known
         return
+    decision = _decided(verdict.total, verdict, champion)
+    verdict.status, verdict.reason = decision.status, decision.reason
+
+
+def _decided(total: Figures, verdict: pipeline.Verdict, champion: ledger.Row | None) -> decide.Decision:
+    """Whether figures that nothing failed are better than the champion's."""
     times = {name: one.latency_ms for name, one in verdict.workloads.items()}
     champion_ms = verdict.champion_ms or (champion.workload_ms if champion else None)
     waiting = [one["dma_wait_cycles"] / one["cycles"] for one in verdict.facts.values() if one.get("cycles")]
-    resolution = decide.model_resolution(waiting) if plan.mode == "model" else 0.0
-    decision = decide.decide(verdict.total, times, champion_ms, mode=plan.mode, resolution=resolution)
-    verdict.status, verdict.reason = decision.status, decision.reason
+    resolution = decide.model_resolution(waiting) if verdict.mode == "model" else 0.0
+    return decide.decide(total, times, champion_ms, mode=verdict.mode, resolution=resolution)
 
 
 def _known(program_sha256: str, rows: Iterable[ledger.Row], judge: str) -> str | None:

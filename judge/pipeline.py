@@ -192,7 +192,7 @@ class Judging:
             result = None
             if is_kept and not self.task.anew and expected.kept_description(self._kept_folder, folder):
                 result = _read_result(folder / "result.json")
-            if result is None:
+            if result is None or "workloads" not in result:  # not kept, or torn
                 request = {"do": "describe", "workloads": list(self.task.workloads)}
                 limit = self.task.limits.trace_seconds if self._is_dry else self.task.limits.check_seconds
                 result = self._finish(self._start_oracle("describe", request), limit)

@@ -3,11 +3,13 @@
 import json
 import math
 import re
+import shutil
 import signal
 import subprocess
 import time
 from typing import NamedTuple
 
+import numpy as np
 import pandas
 import pytest
 from conftest import appended
@@ -438,3 +440,20 @@ def test_environment_of_a_user_does_not_matter(project):
     )
     assert done.returncode == 2
     assert "unknown chip 'nope'" in done.stderr
+
+
+def test_what_was_kept_of_the_reference_is_confirmed_before_an_edit_is_kept(project):
+    project.kernel.write_text(project.kernel.read_text() + '\n\nCHECKS = {"fixed": {}}\n')
+    project.git("commit", "-qam", "a check set of its own")
+    assert project.ratchet("baseline").status == "PASS"
+    project.edit("BLOCK = 32 ", "BLOCK = 16 ")
+    assert project.ratchet("smaller blocks").status == "REGRESSION"
+    (path,) = (project.folder / ".ratchet" / "expected").glob("*/*.npz")
+    with np.load(path) as file:
+        data = {name: file[name] for name in file.files}
+    data["0"] = np.frombuffer((data["0"].view(np.float32) + np.float32(1e-5)).tobytes(), np.uint8)
+    np.savez(path, **data)
+    project.edit("BLOCK = 32 ", "BLOCK = 128 ")
+    project.refuses("larger blocks", told="check 'fixed': the reference's outputs: what is kept in .ratchet/expected")
+    shutil.rmtree(project.folder / ".ratchet" / "expected")
+    assert project.ratchet("larger blocks").status == "PASS"
