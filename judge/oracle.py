@@ -108,7 +108,7 @@ def _description(sealed: ModuleType, arguments: dict[str, Any], inputs: list[np.
 def _check_description(
     sealed: ModuleType, name: str, arguments: dict[str, Any], inputs: list[np.ndarray], folder: Path
 ) -> None:
-    """Raises Altered where a workload's description, by which it is timed, is not of these inputs."""
+    """Raises Altered where a workload's kept description, by which it is timed, is not of these inputs."""
     said = json.loads((folder / "result.json").read_text())["workloads"][name]
     with np.load(folder / f"{name}.npz") as saved:
         scalars = {key: saved[key] for key in saved.files}
@@ -199,7 +199,8 @@ def check(sealed: ModuleType, request: dict[str, Any]) -> dict[str, Any]:
         inputs = inputs_of(sealed, seed, changed)
         if label != TIMED:
             return inputs
-        _check_description(sealed, name, changed, inputs, Path(request["described"]))
+        if "described" in request:  # by what was kept
+            _check_description(sealed, name, changed, inputs, Path(request["described"]))
         return timed_inputs(sealed, changed, inputs, secret)
 
     with _Beside() as beside:
@@ -595,10 +596,9 @@ def main() -> None:
     except ProgramError as error:
         result = {"status": "FAIL_CRASH", "reason": str(error)}
     except Altered as altered:
-        told = (
-            f"{altered}: what is kept in .ratchet/expected is not what the sealed file gives; remove it and run again"
-        )
-        result = {"status": "CANNOT_JUDGE", "reason": told}
+        told = "what is kept in .ratchet/expected is not what the sealed file gives; remove it and run again"
+        never = "(where that does not help, the file gives something else each time)"
+        result = {"status": "CANNOT_JUDGE", "reason": f"{altered}: {told} {never}"}
     except SealError as error:
         result = {"status": "SEAL", "blame": blame, "reason": str(error)}
     except (Exception, SystemExit) as error:

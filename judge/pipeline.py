@@ -132,7 +132,8 @@ class Judging:
         self.champion_ms: dict[str, float] = {}  # chip mode: the champion's times in this very run
         self._is_dry = task.sealed is task.candidate  # the file is its own oracle: nothing of it is kept
         self._kept_folder = expected.folder_of(ROOT, task.sealed.text)
-        self._uses_kept = False
+        self._uses_kept = False  # outputs of the reference
+        self._uses_kept_description = False
         sandbox.prepare()
 
     def run(self, is_known: Callable[[str], str | None] = lambda program: None) -> Verdict:
@@ -192,7 +193,8 @@ class Judging:
             result = None
             if is_kept and not self.task.anew and expected.kept_description(self._kept_folder, folder):
                 result = _read_result(folder / "result.json")
-            if result is None or "workloads" not in result:  # not kept, or torn
+            self._uses_kept_description = result is not None and "workloads" in result
+            if result is None or not self._uses_kept_description:  # not kept, or torn
                 request = {"do": "describe", "workloads": list(self.task.workloads)}
                 limit = self.task.limits.trace_seconds if self._is_dry else self.task.limits.check_seconds
                 result = self._finish(self._start_oracle("describe", request), limit)
@@ -274,12 +276,9 @@ class Judging:
         """Both at once, on two cores: the compiler's verdict comes first, and a known program is not checked again."""
         # Drawn now that the artifacts exist, so that nothing in them can depend on it.
         self._secret = secrets.randbits(31)
-        request = {
-            "do": "check",
-            "workloads": self._artifacts(traced, "cpu"),
-            "secret": self._secret,
-            "described": str(self._subfolder("describe")),
-        }
+        request = {"do": "check", "workloads": self._artifacts(traced, "cpu"), "secret": self._secret}
+        if self._uses_kept_description:
+            request["described"] = str(self._subfolder("describe"))
         self._uses_kept = self._kept_folder.is_dir() and not self.task.anew
         if self._uses_kept:
             request["expected"] = str(self._kept_folder)

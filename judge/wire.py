@@ -52,8 +52,6 @@ _REBUILDERS = {
     ("numpy.core.multiarray", "scalar"),
     ("numpy.core.numeric", "_frombuffer"),
 }
-
-
 _NO_FLAGS = "metadata and compiler flags of its own have no place in a pallas_call"
 _OTHER_CALLS = ("core_map", "mpmd_map")
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 
 import prepare
@@ -165,6 +166,15 @@ def appended(text: str, *rows: ledger.Row) -> str:
         text = text or ledger.HEADER + "\n"
         text += ledger.next_line(row, known[-1].row_sha256 if known else ledger.GENESIS)
     return text
+
+
+def add_to_kept(folder: Path, amount: float) -> None:
+    """Adds to the float32 output that is kept in a lineage's folder of .ratchet/expected."""
+    (path,) = folder.glob("*.npz")
+    with np.load(path) as file:
+        data = {name: file[name] for name in file.files}
+    data["0"] = np.frombuffer((data["0"].view(np.float32) + np.float32(amount)).tobytes(), np.uint8)
+    np.savez(path, **data)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from conftest import add_to_kept
 
 from judge import contract, expected, pipeline
 from judge.chips import load_chip
@@ -88,14 +89,6 @@ def pair(tmp_path, monkeypatch):
     return sealed, contract.check_source(text.encode() + b"# another file\n", "kernel.py")
 
 
-def add_to_kept(folder, amount):
-    (path,) = folder.glob("*.npz")
-    with np.load(path) as file:
-        data = {name: file[name] for name in file.files}
-    data["0"] = np.frombuffer((data["0"].view(np.float32) + np.float32(amount)).tobytes(), np.uint8)
-    np.savez(path, **data)
-
-
 def test_the_next_experiment_uses_what_the_last_one_kept(tmp_path, pair):
     sealed, candidate = pair
     folder = expected.folder_of(tmp_path, sealed.text)
@@ -152,6 +145,14 @@ def test_scalars_that_the_sealed_file_does_not_give(tmp_path, pair):
     np.savez(path, **data)
     with pytest.raises(pipeline.CannotJudge, match="workload default: its lengths"):
         judged(tmp_path / "second", candidate, sealed)
+
+
+def test_what_was_not_kept_is_not_compared(tmp_path, pair):
+    """FLOPs that are no number equal nothing, not even what was said of them a moment ago."""
+    text = pair[0].text.replace("return 2 * ROWS * COLUMNS", "return float('nan')")
+    source = contract.check_source(text.encode(), "kernel.py")
+    verdict = judged(tmp_path / "dry", source, source)
+    assert (verdict.status, "roofline nan s" in verdict.reason) == ("FAIL_CRASH", True), verdict.reason
 
 
 def test_inputs_that_are_forgotten_meanwhile_are_made_again(tmp_path):
