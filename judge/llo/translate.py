@@ -129,24 +129,29 @@ class Translator:
         """Addresses of the bundles that issue between the branch at `address` and its target.
 
         Where a run of empty bundles may be printed as one, the count alone does not tell: the delay ends before a
-        label or a region, and behind an empty bundle unless the branch's own region closes further on.
+        label or a region, and behind an empty bundle unless the branch's own region, the last to begin of those that
+        close here, closes further on.
         """
         window = self.dump.bundles[address + 1 : address + 1 + self.machine.branch_delay_bundles]
         if not self.machine.merges_empty_bundles:
             return [bundle.address for bundle in window]
+        begins = self.dump.region_address
+        closes = [
+            (begins[region], bundle.address)
+            for bundle in (self.dump.bundles[address], *window)
+            for region in (bundle.ends if bundle.slots else ())
+            if begins.get(region, address + 1) <= address
+        ]
+        own_begin, _ = max(closes, default=(0, 0))
+        own_end = max((end for begin, end in closes if begin == own_begin), default=address)
         slots: list[int] = []
-        for i, bundle in enumerate(window):
+        for bundle in window:
             if bundle.label or (bundle.slots and bundle.opens_region):
                 break
             slots.append(bundle.address)
-            if not bundle.slots and not any(self._ends_around(later, address) for later in window[i:]):
+            if not bundle.slots and bundle.address >= own_end:
                 break
         return slots
-
-    def _ends_around(self, bundle: Bundle, address: int) -> bool:
-        """Whether a region that began at or before `address` ends in `bundle`."""
-        begins = self.dump.region_address
-        return bool(bundle.slots) and any(begins.get(region, address + 1) <= address for region in bundle.ends)
 
     def block(self, entry: int) -> Block:
         """The block that begins at one of `entries`. Raises Untranslatable where it holds what is not known."""
