@@ -38,7 +38,7 @@ TILE_COLUMNS = 256  # the same of columns, where scores stand on their side
 CHUNK_WORDS = 512  # 32-bit words of a KV block whose keys meet a decode's queries at a time
 PAGES_TOGETHER = 4  # pages whose copies one turn of a loop starts
 PIECE_TOKENS = 8  # a decode's last page is fetched in whole pieces of so many tokens
-PART_WORDS = 8192  # words of a decode's last KV block at a time: fewer take as long, more may be for nothing
+PART_WORDS = 8192  # 128-lane words of a decode's last KV block at a time: fewer take as long, more may be in vain
 DECODES_BESIDE = 2  # KV blocks of decodes that go with one of a prefill
 DECODE_BUFFERS = 3  # KV blocks of decodes in VMEM: one in work, the others on their way
 
@@ -567,9 +567,9 @@ def _between(shape, axis, start, end):
 
 def _decode_parts(call, d, kv, start, end):
     """The tokens of a KV block from `start` (None: 0) to before `end`: all at once, or PART_WORDS at a time."""
-    rows = kv.shape[1]
-    part = PART_WORDS // rows
-    if part * rows != PART_WORDS or d.bkv % part or d.bkv == part:
+    token_words = kv.shape[1] * kv.shape[3] // LANES
+    part = PART_WORDS // token_words
+    if part * token_words != PART_WORDS or d.bkv % part or d.bkv == part:
         _decode_block(call, d, kv, (start, end))
         return
 
