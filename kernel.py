@@ -1436,10 +1436,13 @@ def ragged_paged_attention(
     own_bq = Q_BLOCK_TOKENS
     if _generation() >= 6 and 2 * own_bq * num_q_heads // num_kv_heads <= MAX_ROWS:
         own_bq *= 2
-    bq, bkv = (p_block_sizes or m_block_sizes or (own_bq, _block_tokens(KV_BLOCK_PAGES, page_size)))[:2]
+    own_bkv = _block_tokens(KV_BLOCK_PAGES, page_size)
+    token_bytes = kv_rows * pack * padded_dim * kv_cache.dtype.itemsize
+    if _generation() == 6 and tiles > 1 and own_bkv * token_bytes <= 2 * 2**20:
+        own_bkv *= 2  # wide sums are scaled half as often; TPU7x has not the VMEM for it
+    bq, bkv = (p_block_sizes or m_block_sizes or (own_bq, own_bkv))[:2]
     bq = min(bq, num_tokens)
     longest = page_indices.shape[0] // kv_lens.shape[0] * page_size
-    token_bytes = kv_rows * pack * padded_dim * kv_cache.dtype.itemsize
     decode_bkv = (d_block_sizes or (1, min(_decode_block_tokens(token_bytes, page_size), longest)))[1]
     sinks = ()
     if attention_sink is not None:
