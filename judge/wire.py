@@ -202,6 +202,13 @@ def empty_mesh() -> Any:
     return mesh.empty_concrete_mesh if hasattr(mesh, "empty_concrete_mesh") else mesh.EMPTY_ENV.physical_mesh
 
 
+def dynamic_grid_dim() -> Any:
+    """What stands in a grid for a size that the program computes; jax knows it by its identity."""
+    from jax._src.pallas import core
+
+    return core.dynamic_grid_dim
+
+
 def numpy_type(name: str) -> Any:
     import ml_dtypes
     import numpy as np
@@ -219,7 +226,7 @@ def type_of(value: Any) -> Any:
     return type(value)
 
 
-_FUNCTIONS = (primitive, tree, equation, typed_array, refusing, empty_mesh, numpy_type)
+_FUNCTIONS = (primitive, tree, equation, typed_array, refusing, empty_mesh, dynamic_grid_dim, numpy_type)
 
 
 class _Writer(pickle.Pickler):
@@ -267,6 +274,8 @@ class _Writer(pickle.Pickler):
             if not value.empty:
                 raise WireError("the traced program names devices")
             return empty_mesh, ()
+        if value is dynamic_grid_dim():
+            return dynamic_grid_dim, ()
         if isinstance(value, type) and issubclass(value, np.generic):
             return numpy_type, (value.__name__,)
         if isinstance(value, types.FunctionType | types.MethodType | types.BuiltinFunctionType):

@@ -14,7 +14,7 @@ LATE = [case for case in cheats.cheats() if not case.is_early]
 # The first in its file, where the stages after the text decide; more take minutes.
 CLASSES = ("cycle_model", "precision", "race", "skipped_work")
 ONE_EACH = [case for group in CLASSES for case in [c for c in LATE if c.group == group][:1]]
-HONEST = {"copies by hand"}
+HONEST = {"copies by hand", "a grid as large as the batch"}
 
 
 def named(case: cheats.Case) -> str:

@@ -106,8 +106,9 @@ def test_an_asynchronous_slice_is_charged_by_its_result(tmp_path):
     assert cost.hbm_bytes == 64
 
 
-def test_a_scalar_operand_is_fetched_by_one_copy(tmp_path):
-    cost = cost_of(tmp_path, "  %c = f32[1]{0:T(128)S(6)} copy(%a)\n")
+@pytest.mark.parametrize("kind", ["f32[1]{0:T(128)S(6)}", "s32[1]{0:T(128)}"])
+def test_a_scalar_operand_is_fetched_by_one_copy(tmp_path, kind):
+    cost = cost_of(tmp_path, f"  %c = {kind} copy(%a)\n")
     read = V5E.dma["hbm_to_vmem"]
     assert cost.cycles == read.latency_cycles + 4 / read.bytes_per_cycle
 

@@ -38,6 +38,20 @@ def test_what_is_sent_arrives():
     assert str(wire.loads(wire.dumps(sent))) == str(sent)
 
 
+def test_a_grid_of_a_size_that_the_program_computes_arrives():
+    block = pl.BlockSpec((8, 128), lambda i: (i, 0))
+    shape = jax.ShapeDtypeStruct((64, 128), jnp.float32)
+
+    def twice(x, y):
+        y[...] = x[...] * 2
+
+    def call(x, count):
+        return pl.pallas_call(twice, grid=(count,), in_specs=[block], out_specs=block, out_shape=shape)(x)
+
+    sent = jax.make_jaxpr(call)(shape, jnp.int32(3))
+    assert str(wire.loads(wire.dumps(sent))) == str(sent)
+
+
 @pytest.mark.parametrize(
     ("module", "name"),
     [

@@ -92,6 +92,7 @@ _FREE |= {"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "cop
 _FREE_CUSTOM_CALLS = ("ConcatBitcast", "AllocateBuffer")  # names for memory that is already in place
 _OF_SCALARS = {"add", "subtract", "multiply", "minimum", "maximum", "negate", "compare", "select", "convert", "clamp"}
 _OF_SCALARS |= {"and", "or", "not", "xor", "shift-left", "shift-right-logical", "shift-right-arithmetic"}
+_ONE_VALUE = re.compile(r"\w+\[[1,]*\]")
 _ONE_SCALAR = re.compile(r"\w+\[[1,]*\]\{[^}]*S\(6\)\}$")
 _PASSES_VALUES = {"bitcast", "copy", "copy-done", "copy-start", "opt-barrier"}
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%([\w.\-]+) = (\S.*?) ([a-z][a-z0-9\-]*)\((.*)$")
@@ -173,7 +174,7 @@ def _costs(
             yield _executed(op, dumps[op.name], machine, values)
         elif op.opcode in ("copy-start", "slice-start"):
             yield _copied(op, machine)
-        elif op.opcode == "copy" and "S(6)" in op.type:
+        elif op.opcode == "copy" and ("S(6)" in op.type or _ONE_VALUE.match(op.type)):
             yield _scalar_copied(op, machine)
         elif op.opcode in _OF_SCALARS and _ONE_SCALAR.match(op.type):
             yield _scalar_computed(op, machine, [by_name[name] for name in op.operands if name in by_name])
@@ -253,7 +254,7 @@ def _copied(op: Op, machine: Machine) -> OpCost:
 
 
 def _scalar_copied(op: Op, machine: Machine) -> OpCost:
-    """A kernel's operand in scalar memory: the top-level program fetches it by one copy through VMEM."""
+    """A kernel's operand in scalar memory, or one value: the top-level program fetches it by one copy through VMEM."""
     return _one_copy(op, machine, "hbm", "vmem", _size_bytes(op, _SHAPE.findall(op.type)[0]))
 
 

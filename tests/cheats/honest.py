@@ -65,6 +65,13 @@ CASES = [
         ),
     ),
     Case(
+        name="a grid as large as the batch",
+        edits=(
+            ("grid=(max_num_seqs,)", "grid=(distribution[2],)"),
+            ("@pl.when(seq == max_num_seqs - 1)", "@pl.when(seq == pl.num_programs(0) - 1)"),
+        ),
+    ),
+    Case(
         name="no tunables",
         sweeps=(
             (
