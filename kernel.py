@@ -36,6 +36,7 @@ MAX_ROWS = 1024  # queries of a KV head in a query block: VMEM has room for no m
 SOFTMAX_ROWS = 64  # rows of scores that become weights at a time
 TILE_COLUMNS = 256  # the same of columns, where scores stand on their side
 CHUNK_WORDS = 512  # 32-bit words of a KV block whose keys meet a decode's queries at a time
+WORDS_BESIDE = 4  # words of a decode's token whose heads meet the queries at once, where keys and values are merged
 PAGES_TOGETHER = 4  # pages whose copies one turn of a loop starts
 PIECE_TOKENS = 8  # a decode's last page is fetched in whole pieces of so many tokens
 PART_WORDS = 8192  # 128-lane words of a decode's last KV block at a time: fewer take as long, more may be in vain
@@ -280,6 +281,10 @@ class _Call:
         """Which of a cached token's rows has the keys or the values of a KV head."""
         return head if self.merged_kv else 2 * head + is_value
 
+    @property
+    def words_beside(self):
+        return _words_beside(self.cache_hbm.shape[2]) if self.merged_kv else 0
+
     def new_to(self, k, v):
         """``(HBM, its target)`` of the new tokens' keys and values; none where the cache has them already."""
         if not self.options.causal:
@@ -390,7 +395,7 @@ class _Decode:
     k_ring: Any  # [buffers, D / 128, 1, Hkv, 128]: the new token's keys, the same
     v_ring: Any  # [buffers, D / 128, 1, Hkv, 128]
     kv_ring: Any  # [buffers, bkv, 2 * Hkv / pack, pack, D]
-    q: Any  # [Hq, D]: the sequence in work
+    q: Any  # [Hq, D]: the sequence in work; if merged_kv, D is that of _beside
     new: Any  # u32[2, D / 128, odd, 128]: the new token's keys and values on their way to the cache
     o: Any  # on its way out: [2, 1, Hq, D], or u32[2, 1, odd, 128]
     m: Any  # f32[Hq, 128]: running maximum of the scores, the same in every lane
@@ -398,6 +403,7 @@ class _Decode:
     acc: Any  # f32[Hq, D]: running numerator
     s: Any  # f32[Hq, bkv * Hkv]: scores of all keys of a block
     bias: Any  # f32[Hq, bkv * Hkv]: see _tell_heads_apart
+    v: Any  # u32[beside / 2, …, 128]: if merged_kv, the values of a block, see _keys_and_value_words
     ring_sems: Any  # DMA[buffers]
     out_sems: Any  # DMA[2]
 
@@ -522,7 +528,8 @@ def _decode_one_block(call, d, state):
 
     @pl.when(block == last)
     def _():
-        out = _output(call, d.acc[...], jnp.sum(d.l[...], axis=1, keepdims=True)).astype(call.o_hbm.dtype)
+        l = jnp.sum(d.l[...], axis=1, keepdims=True)
+        out = _output(call, _own(call, d.acc[...]), l).astype(call.o_hbm.dtype)
         out = pltpu.bitcast(out, jnp.uint32) if call.in_words else out
         d.o[parity, 0, : out.shape[0]] = out
         _for_decode_results(call, d, seq, parity, _start)
@@ -544,9 +551,15 @@ def _finish_decodes(call, d, state):
         pl.when(count >= back)(lambda seq=seq, parity=parity: _for_decode_results(call, d, seq, parity, _wait))
 
 
+def _words_beside(rows):
+    """Of merged keys and values, how many words of a token meet the queries beside each other: so many heads fewer
+    scores that are none, and an MXU that is 256 wide is filled."""
+    return math.gcd(rows, WORDS_BESIDE)
+
+
 def _begin_decode(call, d, slot, parity):
     ring = d.q_ring.at[slot]
-    d.q[...] = pltpu.bitcast(_words(ring)[...], d.q.dtype) if call.in_words else ring[0]
+    d.q[...] = _beside(call, pltpu.bitcast(_words(ring)[...], d.q.dtype) if call.in_words else ring[0])
     if call.options.causal:
         k, v = (
             [ring.at[slot, tile].bitcast(jnp.uint32).reshape(-1, LANES) for tile in range(ring.shape[1])]
@@ -598,7 +611,12 @@ def _decode_block(call, d, kv, seen):
     """
     q, top = d.q[...], None
     for chunk in _chunks(call, kv):
-        k = _chunk_of(kv, chunk, 0, seen)
+        if chunk.beside > 1:
+            k, words = _keys_and_value_words(kv, chunk, seen)
+            for tile in range(len(words)):
+                d.v[tile, _of_tile(chunk), :] = words[tile]
+        else:
+            k = _chunk_of(kv, chunk, 0, seen)
         s = call.scores(jax.lax.dot_general(q, k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32))
         if seen is not None:
             visible = _between_words(_word_of_column(kv, chunk), kv, seen)
@@ -615,7 +633,11 @@ def _decode_block(call, d, kv, seen):
     def weigh():
         l_new, pv = alpha * d.l[...], _lanes(alpha, d.acc.shape[1]) * d.acc[...]
         for chunk in _chunks(call, kv):
-            v = _chunk_of(kv, chunk, 1, seen)
+            if chunk.beside > 1:
+                v = [_rows_of_words(d.v[tile, _of_tile(chunk), :], kv.dtype) for tile in range(d.v.shape[0])]
+                v = jnp.concatenate(v, axis=1)
+            else:
+                v = _chunk_of(kv, chunk, 1, seen)
             p = jnp.exp2(d.s[:, chunk.columns] - _lanes(m_new, v.shape[0]))
             l_new += _lane_sums(p)
             pv += jnp.dot(p.astype(v.dtype), v, preferred_element_type=jnp.float32)
@@ -636,8 +658,14 @@ class _Chunk:
 
     start: int
     words: int
-    rows_per_key: int  # 2: each key has a row, and so have its values; 1 if they are merged
-    columns: Any  # as many keys as there are
+    beside: int  # if merged: words whose rows are beside each other, of as many heads; else 0
+    columns: Any  # as many as there are keys, or rows beside each other
+
+
+def _of_tile(chunk):
+    """Where a tile of the value words of a chunk is kept."""
+    count = chunk.words // chunk.beside
+    return pl.ds(chunk.start // chunk.beside, count)
 
 
 def _words_of(kv):
@@ -649,31 +677,30 @@ def _chunks(call, kv):
     """The words of a KV block, CHUNK_WORDS at a time; all at once where that does not divide them."""
     total = _words_of(kv)
     words = CHUNK_WORDS if total % CHUNK_WORDS == 0 else total
-    rows_per_key = 1 if call.merged_kv else 2
-    width = words * kv.shape[2] // rows_per_key
-    return [_Chunk(i * words, words, rows_per_key, pl.ds(i * width, width)) for i in range(total // words)]
+    width = words * kv.shape[2] // (call.words_beside or 2)
+    return [_Chunk(i * words, words, call.words_beside, pl.ds(i * width, width)) for i in range(total // words)]
 
 
 def _word_of_column(kv, chunk):
     """``i32[1, columns]``: the word of the block that the key of a column of scores comes from."""
-    pack, rows_per_key = kv.shape[2], chunk.rows_per_key
-    column = jax.lax.broadcasted_iota(jnp.int32, (1, chunk.words * pack // rows_per_key), 1)
+    pack = kv.shape[2]
+    column = jax.lax.broadcasted_iota(jnp.int32, (1, chunk.columns.size), 1)
+    if chunk.beside:
+        return chunk.start + chunk.beside * (column % (chunk.words // chunk.beside) if pack == 4 else column // pack)
     if pack == 1:
-        return chunk.start + rows_per_key * column
-    if pack == 2 and rows_per_key == 1:
-        return chunk.start + column // 2
+        return chunk.start + 2 * column
     if pack == 2:
         return chunk.start + column // 2 + column % 2 * (chunk.words // 2)
     return chunk.start + column % chunk.words
 
 
 def _head_of_column(kv, chunk):
-    """``i32[1, columns]``: the KV head that the key of a column of scores belongs to."""
+    """``i32[1, columns]``: the KV head that the key of a column of scores belongs to; if merged, the first of them."""
     rows, pack = kv.shape[1:3]
     row = _word_of_column(kv, chunk) % rows
-    if chunk.rows_per_key == 1:
+    if chunk.beside:
         column = jax.lax.broadcasted_iota(jnp.int32, row.shape, 1)
-        return pack * row + (column // chunk.words if pack == 4 else column % pack)
+        return pack * row + (column // (chunk.words // chunk.beside) if pack == 4 else column % pack)
     if pack == 4:
         return 2 * row + jax.lax.broadcasted_iota(jnp.int32, row.shape, 1) // chunk.words
     return row if pack == 2 else row // 2
@@ -686,42 +713,106 @@ def _between_words(word, kv, seen, first=0):
 
 
 def _chunk_of(kv, chunk, is_value, seen):
-    """Keys or values ``[columns, D]`` of a chunk, or both beside each other; zero where not of a token in `seen`."""
+    """Keys or values ``[columns, D]`` of a chunk, both if merged; zero where not of a token in `seen`."""
     *_, pack, head_dim = kv.shape
     fold = head_dim // LANES
     words = _words(kv)
 
     def load(tile, start, count, step=1):
-        first, stride = start * fold + tile, step * fold
-        loaded = words[pl.ds(first, count) if stride == 1 else pl.ds(first, count, stride=stride), :]
-        if seen is not None:
-            word = step * jax.lax.broadcasted_iota(jnp.int32, loaded.shape, 0)
-            loaded = jnp.where(_between_words(word, kv, seen, start), loaded, jnp.zeros_like(loaded))
-        return loaded
+        loaded = words[_strided(start * fold + tile, count, step * fold), :]
+        return loaded if seen is None else _seen_words(loaded, kv, seen, start, step)
 
+    if chunk.beside:
+        return _rows_of_words(load(0, chunk.start, chunk.words), kv.dtype)
     tiles = []
     for tile in range(fold):
-        if pack < 4 and chunk.rows_per_key == 1:
-            tiles.append(load(tile, chunk.start, chunk.words))
-        elif pack == 1:
+        if pack == 1:
             tiles.append(load(tile, chunk.start + is_value, chunk.words // 2, 2))
         elif pack == 2:
             half = chunk.words // 2
             low, high = load(tile, chunk.start, half), load(tile, chunk.start + half, half)
             tiles.append((_high_halves if is_value else _low_halves)(low, high))
         else:
-            of_words = load(tile, chunk.start, chunk.words)
-            wanted = range(is_value if chunk.rows_per_key == 2 else 0, pack, chunk.rows_per_key)
-            of_bytes = [_from_byte(of_words, byte, kv.dtype) for byte in wanted]
-            tiles.append(jnp.concatenate(of_bytes, axis=0).astype(_compute_dtype(kv.dtype)))
+            tiles.append(_rows_of_words(load(tile, chunk.start, chunk.words), kv.dtype, (is_value, 2 + is_value)))
     head = jnp.concatenate(tiles, axis=1)
     return head if pack == 4 else pltpu.bitcast(head, kv.dtype)
+
+
+def _keys_and_value_words(kv, chunk, seen):
+    """Of merged ones, where two words and more are beside each other: keys ``[columns, beside * 64]``, in two halves of
+    128 lanes those of two heads `pack` apart; and their values in words, ``u32[…, 128]`` for each of these tiles, the
+    other way round. So half of the words are turned, once."""
+    words, count = _words(kv), chunk.words // chunk.beside
+    keys, values = [], []
+    for i in range(chunk.start, chunk.start + chunk.beside, 2):
+        first, second = (words[_strided(i + j, count, chunk.beside), :] for j in (0, 1))
+        if seen is not None:
+            first, second = (_seen_words(x, kv, seen, i + j, chunk.beside) for j, x in enumerate((first, second)))
+        second = _halves_turned(second)
+        is_first = jax.lax.broadcasted_iota(jnp.int32, first.shape, 1) < LANES // 2
+        keys.append(_rows_of_words(jnp.where(is_first, first, second), kv.dtype))
+        values.append(jnp.where(is_first, second, first))
+    return jnp.concatenate(keys, axis=1), values
+
+
+def _strided(first, count, stride):
+    return pl.ds(first, count) if stride == 1 else pl.ds(first, count, stride=stride)
+
+
+def _seen_words(words, kv, seen, first, step):
+    """`words` of a KV block, each `step`-th from `first` on, zero where not of a token in `seen`."""
+    word = step * jax.lax.broadcasted_iota(jnp.int32, words.shape, 0)
+    return jnp.where(_between_words(word, kv, seen, first), words, jnp.zeros_like(words))
+
+
+def _rows_of_words(words, dtype, of_bytes=(0, 1, 2, 3)):
+    """What words ``u32[n, 128]`` hold, row by row as they are packed; 8-bit ones byte by byte."""
+    if dtype.itemsize > 1:
+        return pltpu.bitcast(words, dtype)
+    return jnp.concatenate([_from_byte(words, byte, dtype) for byte in of_bytes]).astype(_compute_dtype(dtype))
+
+
+def _halves_turned(x):
+    """The halves of 128 lanes in the place of each other."""
+    turned = pltpu.roll(x if x.dtype == jnp.float32 else pltpu.bitcast(x, jnp.int32), LANES // 2, 1)
+    return turned if x.dtype == jnp.float32 else pltpu.bitcast(turned, x.dtype)
+
+
+def _beside(call, rows):
+    """Queries ``[Hq, D]`` where `_chunk_of` has the keys of their heads; if merged, with zeros for others."""
+    if call.words_beside < 2:
+        return rows
+    wide = rows.astype(jnp.float32)
+    turned = _halves_turned(wide)
+    parts = [jnp.where(own, turned if i % 2 else wide, 0.0) for i, own in enumerate(_own_parts(call, rows.shape))]
+    parts = [sum(parts[i : i + 2]) for i in range(0, len(parts), 2)]
+    return jnp.concatenate(parts, axis=1).astype(rows.dtype)
+
+
+def _own(call, acc):
+    """The sums ``[Hq, D]`` of each query's own head; if merged, in lanes 64 to 127."""
+    if call.words_beside < 2:
+        return acc
+    out = 0.0
+    for i, own in enumerate(_own_parts(call, (acc.shape[0], LANES))):
+        part = acc[:, i // 2 * LANES : (i // 2 + 1) * LANES]
+        out += jnp.where(own, _halves_turned(part) if i % 2 else part, 0.0)
+    return out
+
+
+def _own_parts(call, shape):
+    """For each of the words beside each other, which query heads have their KV head there."""
+    word = jax.lax.broadcasted_iota(jnp.int32, shape, 0) // (call.group * call.cache_hbm.shape[3])
+    return [word % call.words_beside == part for part in range(call.words_beside)]
 
 
 def _tell_heads_apart(call, d):
     """Fills `d.bias`: zero where a column of scores belongs to a row's head, else what leaves it no weight."""
     kv = d.kv_ring.at[0]
     head_of_row = jax.lax.broadcasted_iota(jnp.int32, (d.q.shape[0], 1), 0) // call.group
+    if call.merged_kv:
+        pack, beside = kv.shape[2], call.words_beside
+        head_of_row = head_of_row // (pack * beside) * (pack * beside) + head_of_row % pack
     for chunk in _chunks(call, kv):
         own = head_of_row == _head_of_column(kv, chunk)
         d.bias[:, chunk.columns] = jnp.where(own, 0.0, DEFAULT_MASK_VALUE)
@@ -1463,7 +1554,8 @@ def ragged_paged_attention(
         own_bq *= 2
     own_bkv = _block_tokens(KV_BLOCK_PAGES, page_size)
     token_bytes = kv_rows * pack * padded_dim * kv_cache.dtype.itemsize
-    keys_per_token = kv_rows * pack // (1 if merged_kv else 2)
+    beside = _words_beside(kv_rows) if merged_kv else 0
+    keys_per_token, key_dim = kv_rows * pack // (beside or 2), max(beside * LANES // 2, padded_dim)
     if _generation() == 6 and tiles > 1 and own_bkv * token_bytes <= 2 * 2**20:
         own_bkv *= 2  # wide sums are scaled half as often; TPU7x has not the VMEM for it
     bq, bkv = (p_block_sizes or m_block_sizes or (own_bq, own_bkv))[:2]
@@ -1496,16 +1588,20 @@ def ragged_paged_attention(
                     pltpu.VMEM((DECODE_BUFFERS, tiles, 1, keys.shape[1], LANES), kv_cache.dtype),
                     pltpu.VMEM((DECODE_BUFFERS, tiles, 1, keys.shape[1], LANES), kv_cache.dtype),
                     pltpu.VMEM((DECODE_BUFFERS, decode_bkv, kv_rows, pack, padded_dim), kv_cache.dtype),
-                    pltpu.VMEM((heads, padded_dim), q.dtype),
+                    pltpu.VMEM((heads, key_dim), q.dtype),
                     pltpu.VMEM((2, tiles, _odd(kv_rows), LANES), jnp.uint32),
                     pltpu.VMEM((2, 1, _odd(out_words), LANES), jnp.uint32)
                     if in_words
                     else pltpu.VMEM((2, 1, heads, padded_dim), out_dtype),
                     pltpu.VMEM((heads, LANES), jnp.float32),
                     pltpu.VMEM((heads, LANES), jnp.float32),
-                    pltpu.VMEM((heads, padded_dim), jnp.float32),
+                    pltpu.VMEM((heads, key_dim), jnp.float32),
                     pltpu.VMEM((heads, decode_bkv * keys_per_token), jnp.float32),
                     pltpu.VMEM((heads, decode_bkv * keys_per_token), jnp.float32),
+                    pltpu.VMEM(
+                        (beside // 2, decode_bkv * kv_rows // beside, LANES) if beside > 1 else (1, 8, LANES),
+                        jnp.uint32,
+                    ),
                     pltpu.SemaphoreType.DMA((DECODE_BUFFERS,)),
                     pltpu.SemaphoreType.DMA((2,)),
                 ),
