@@ -403,9 +403,9 @@ class _Decode:
     acc: Any  # f32[Hq, D]: running numerator
     s: Any  # f32[Hq, bkv * Hkv]: scores of all keys of a block
     bias: Any  # f32[Hq, bkv * Hkv]: see _tell_heads_apart
-    v: Any  # u32[beside / 2, …, 128]: if merged_kv, the values of a block, see _keys_and_value_words
     ring_sems: Any  # DMA[buffers]
     out_sems: Any  # DMA[2]
+    v: Any = None  # u32[beside / 2, …, 128]: where merged rows are beside each other, see _keys_and_value_words
 
     @property
     def buffers(self):
@@ -528,8 +528,7 @@ def _decode_one_block(call, d, state):
 
     @pl.when(block == last)
     def _():
-        l = jnp.sum(d.l[...], axis=1, keepdims=True)
-        out = _output(call, _own(call, d.acc[...]), l).astype(call.o_hbm.dtype)
+        out = _output(call, _own(call, d.acc[...]), jnp.sum(d.l[...], axis=1, keepdims=True)).astype(call.o_hbm.dtype)
         out = pltpu.bitcast(out, jnp.uint32) if call.in_words else out
         d.o[parity, 0, : out.shape[0]] = out
         _for_decode_results(call, d, seq, parity, _start)
@@ -1154,8 +1153,8 @@ class _Rows:
     p1: Any  # [g * bq, bkv]
 
     @staticmethod
-    def shapes(bq, num_kv_heads, rows, head_dim, bkv, dtype):
-        del bq
+    def shapes(bq, num_kv_heads, rows, head_dim, value_dim, bkv, dtype):
+        del bq, value_dim
         f32 = functools.partial(pltpu.VMEM, dtype=jnp.float32)
         sums = f32((num_kv_heads, rows, LANES)), f32((num_kv_heads, rows, LANES)), f32((num_kv_heads, rows, head_dim))
         scores, weights = f32((rows, bkv)), pltpu.VMEM((rows, bkv), dtype)
@@ -1225,7 +1224,7 @@ class _Columns:
     bq: int
     q: Any  # [Hkv, columns, D or 2 * D]: the item's queries by KV head, scaled and as a sum of two where 2 * D
     m: Any  # f32[Hkv, 1, columns]: running maximum of the scores
-    acc: Any  # f32[Hkv, D + 8, columns]: running numerator; in each of 8 more rows, the sum of 2 ** (score - m)
+    acc: Any  # f32[Hkv, Dv + 8, columns]: running numerator; in each of 8 more rows, the sum of 2 ** (score - m)
     s: Any  # f32[bkv, columns]: scores of a head
     top: Any  # f32[1, columns]: maximum of what was seen and them
     p: Any  # [bkv, columns]: weights of the head before
@@ -1234,17 +1233,21 @@ class _Columns:
     out: Any  # f32[2, columns, D]: the output of two KV heads
 
     @staticmethod
-    def shapes(bq, num_kv_heads, rows, head_dim, bkv, dtype):
+    def shapes(bq, num_kv_heads, rows, head_dim, value_dim, bkv, dtype):
         f32 = functools.partial(pltpu.VMEM, dtype=jnp.float32)
         columns = _align(rows, LANES)
         depth = head_dim * (2 if head_dim == LANES and dtype == jnp.bfloat16 else 1)
         return (
             pltpu.VMEM((num_kv_heads, columns, depth), dtype),
-            *(f32((num_kv_heads, 1, columns)), f32((num_kv_heads, head_dim + 8, columns))),
+            *(f32((num_kv_heads, 1, columns)), f32((num_kv_heads, value_dim + 8, columns))),
             *(f32((bkv, columns)), f32((1, columns)), pltpu.VMEM((bkv, columns), dtype), f32((1, columns))),
             f32((bkv, columns if bq % TILE_COLUMNS and TILE_COLUMNS % bq else min(max(bq, TILE_COLUMNS), columns))),
             f32((2, columns, head_dim)),
         )
+
+    @property
+    def _value_dim(self):
+        return self.acc.shape[1] - 8
 
     @property
     def _splits(self):
@@ -1269,7 +1272,7 @@ class _Columns:
         self.m[head] = jnp.full_like(self.m[head], call.options.mask_value)
         self.acc[head] = jnp.zeros_like(self.acc[head])
         if call.sink is not None:
-            sums = self.acc.at[head, pl.ds(self.out.shape[2], 8)]
+            sums = self.acc.at[head, pl.ds(self._value_dim, 8)]
             sums[...] = jnp.ones_like(sums)
             columns = self.m.shape[2]
             of_group = jax.lax.broadcasted_iota(jnp.int32, (1, columns), 1) // self.bq
@@ -1280,8 +1283,11 @@ class _Columns:
     def output(self, call, head):
         head, i = divmod(head, call.group)
         if i == 0:
-            head_dim = self.out.shape[2]
-            self.out[head % 2] = _output(call, self.acc[head, :head_dim], self.acc[head, pl.ds(head_dim, 1)]).T
+            value_dim = self._value_dim
+            out = _output(call, self.acc[head, :value_dim], self.acc[head, pl.ds(value_dim, 1)])
+            if value_dim < self.out.shape[2]:
+                out = jnp.concatenate([jnp.zeros_like(out), out])  # in lanes 64 to 127 of what is merged
+            self.out[head % 2] = out.T
         return self.out[head % 2, pl.ds(i * self.bq, self.bq)]
 
     def add(self, call, keys, values, width, masked):
@@ -1297,7 +1303,7 @@ class _Columns:
             if head < call.num_kv_heads:
                 k[head] = jnp.concatenate([keys(head)] * 2, axis=1) if self._splits else keys(head)
             if head >= 2:
-                v[head - 2] = self._with_ones(values(head - 2).T)
+                v[head - 2] = self._with_ones(values(head - 2).T[-self._value_dim :])
             for tile in tiles:
                 if head >= 2:
                     self._sum_up(head - 2, v[head - 2], width, tile)
@@ -1308,7 +1314,7 @@ class _Columns:
 
     @staticmethod
     def _with_ones(values):
-        """Rows of ones below ``[D, width]``, so that the MXU also sums the weights."""
+        """Rows of ones below ``[Dv, width]``, so that the MXU also sums the weights."""
         return jnp.concatenate([values, jnp.ones((8, values.shape[1]), values.dtype)], axis=0)
 
     def _score(self, call, head, keys, width, tile, masked):
@@ -1554,6 +1560,7 @@ def ragged_paged_attention(
         own_bq *= 2
     own_bkv = _block_tokens(KV_BLOCK_PAGES, page_size)
     token_bytes = kv_rows * pack * padded_dim * kv_cache.dtype.itemsize
+    value_dim = head_dim if merged_kv else padded_dim
     beside = _words_beside(kv_rows) if merged_kv else 0
     keys_per_token, key_dim = kv_rows * pack // (beside or 2), max(beside * LANES // 2, padded_dim)
     if _generation() == 6 and tiles > 1 and own_bkv * token_bytes <= 2 * 2**20:
@@ -1562,6 +1569,9 @@ def ragged_paged_attention(
     bq = min(bq, num_tokens)
     longest = page_indices.shape[0] // kv_lens.shape[0] * page_size
     decode_bkv = (d_block_sizes or (1, min(_decode_block_tokens(token_bytes, page_size), longest)))[1]
+    value_words = ()
+    if beside > 1:
+        value_words = (pltpu.VMEM((beside // 2, decode_bkv * kv_rows // beside, LANES), jnp.uint32),)
     sinks = ()
     if attention_sink is not None:
         sink = jnp.pad(attention_sink * LOG2_E, (0, heads - num_q_heads))
@@ -1598,12 +1608,9 @@ def ragged_paged_attention(
                     pltpu.VMEM((heads, key_dim), jnp.float32),
                     pltpu.VMEM((heads, decode_bkv * keys_per_token), jnp.float32),
                     pltpu.VMEM((heads, decode_bkv * keys_per_token), jnp.float32),
-                    pltpu.VMEM(
-                        (beside // 2, decode_bkv * kv_rows // beside, LANES) if beside > 1 else (1, 8, LANES),
-                        jnp.uint32,
-                    ),
                     pltpu.SemaphoreType.DMA((DECODE_BUFFERS,)),
                     pltpu.SemaphoreType.DMA((2,)),
+                    *value_words,
                 ),
                 (
                     pltpu.VMEM((2, bq, *q_token), q.dtype),
@@ -1618,7 +1625,9 @@ def ragged_paged_attention(
                     pltpu.SemaphoreType.DMA((2,)),
                     pltpu.SemaphoreType.DMA,
                     pltpu.SemaphoreType.DMA,
-                    sums.shapes(bq, num_kv_heads, num_q_heads // num_kv_heads * bq, padded_dim, bkv, q.dtype),
+                    sums.shapes(
+                        bq, num_kv_heads, num_q_heads // num_kv_heads * bq, padded_dim, value_dim, bkv, q.dtype
+                    ),
                 ),
             ],
         ),
