@@ -142,8 +142,7 @@ class Translator:
             for region in (bundle.ends if bundle.slots else ())
             if begins.get(region, address + 1) <= address
         ]
-        own_begin, _ = max(closes, default=(0, 0))
-        own_end = max((end for begin, end in closes if begin == own_begin), default=address)
+        _, own_end = max(closes, default=(0, address))
         slots: list[int] = []
         for bundle in window:
             if bundle.label or (bundle.slots and bundle.opens_region):
