@@ -25,6 +25,9 @@ class Shape:
         return {"decode": self.num_seqs, "prefill": self.context, "mixed": 2048 + self.num_seqs}[self.batch]
 
 
+# gpt-oss's heads; of pages, those for which the production kernel has tuned sizes.
+HEADS_64 = {"num_q_heads": 64, "num_kv_heads": 8, "head_dim": 64}
+
 SHAPES = (
     Shape(name="llama-8b decode 1k", batch="decode", context=1024, num_seqs=128),
     Shape(name="llama-8b decode 8k", batch="decode", context=8192, num_seqs=32),
@@ -38,6 +41,8 @@ SHAPES = (
     Shape(name="llama-70b prefill 8k", batch="prefill", context=8192, num_seqs=1, num_q_heads=64),
     Shape(name="40/8 decode 8k", batch="decode", context=8192, num_seqs=32, num_q_heads=40),
     Shape(name="40/8 prefill 8k", batch="prefill", context=8192, num_seqs=1, num_q_heads=40),
+    Shape(name="d 64 decode 8k", batch="decode", context=8192, num_seqs=32, page_size=128, **HEADS_64),
+    Shape(name="d 64 prefill 8k", batch="prefill", context=8192, num_seqs=1, page_size=128, **HEADS_64),
     Shape(
         name="d 256 decode 8k", batch="decode", context=8192, num_seqs=32, num_q_heads=16, num_kv_heads=4, head_dim=256
     ),

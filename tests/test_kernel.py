@@ -51,6 +51,7 @@ class Shape:
     v_scale: float | None = None
     use_causal_mask: bool = True
     update_kv_cache: bool = True
+    merged_kv: bool = False
 
     @property
     def kv_dtype(self) -> Any:
@@ -58,7 +59,8 @@ class Shape:
 
     @property
     def options(self) -> dict[str, Any]:
-        names = ("sliding_window", "soft_cap", "q_scale", "k_scale", "v_scale", "use_causal_mask", "update_kv_cache")
+        names = ("sliding_window", "soft_cap", "q_scale", "k_scale", "v_scale")
+        names += ("use_causal_mask", "update_kv_cache", "merged_kv")
         blocks = (self.q_block, self.kv_pages * self.page)
         given = {name: getattr(self, name) for name in names} | {"d_block_sizes": blocks, "p_block_sizes": blocks}
         return given | {"sm_scale": self.sm_scale, "attention_sink": self.sinks}
@@ -77,7 +79,13 @@ class Shape:
 
     @property
     def rows(self) -> int:
-        return -(-2 * self.kv_heads // self.pack)
+        return -(-(1 if self.merged_kv else 2) * self.kv_heads // self.pack)
+
+    def of_head(self, tokens: np.ndarray, head: int) -> tuple[np.ndarray, np.ndarray]:
+        """Keys and values of a head in ``[…, rows * pack, padded_dim]``."""
+        if self.merged_kv:
+            return tokens[..., head, : self.head_dim], tokens[..., head, self.head_dim :]
+        return tokens[..., 2 * head, : self.head_dim], tokens[..., 2 * head + 1, : self.head_dim]
 
     @property
     def padded_dim(self) -> int:
@@ -98,7 +106,8 @@ def make_inputs(shape: Shape, q_lens: list[int], kv_lens: list[int], seed: int =
     keys = normal(shape.tokens, shape.kv_heads, shape.head_dim)
     values = normal(shape.tokens, shape.kv_heads, shape.head_dim)
     cache = normal(shape.pages, shape.page, shape.rows, shape.pack, shape.padded_dim)
-    cache[..., shape.head_dim :] = 0
+    if not shape.merged_kv:
+        cache[..., shape.head_dim :] = 0
     nothing = 127 if shape.kv_dtype == INT8 else np.nan
     free = rng.permutation(shape.pages)
     table = rng.integers(2**20, 2**30, (shape.seqs, shape.pages_per_seq))
@@ -143,10 +152,10 @@ def expected(shape: Shape, inputs: list[Any], *, shift: int = 0, drop_last: bool
         slots = [int(table[seq, i // shape.page]) * shape.page + i % shape.page for i in range(kv_len)]
         for row in range(start, end):
             slot = flat[slots[kv_len - (end - row)]]
-            slot[2 * shape.kv_heads :] = 0
+            slot[(1 if shape.merged_kv else 2) * shape.kv_heads :] = 0
             for head in range(shape.kv_heads):
-                slot[2 * head, : shape.head_dim] = keys[row, head]
-                slot[2 * head + 1, : shape.head_dim] = values[row, head]
+                k, v = shape.of_head(slot, head)
+                k[:], v[:] = keys[row, head], values[row, head]
         for row in range(start, end):
             position = kv_len - (end - row)
             last = position if shape.use_causal_mask else kv_len - 1
@@ -154,7 +163,7 @@ def expected(shape: Shape, inputs: list[Any], *, shift: int = 0, drop_last: bool
             chosen = flat[slots[first : min(last + 1 + shift, kv_len)]].astype(np.float64)
             for q_head in range(shape.kv_heads * shape.group):
                 head = q_head // shape.group
-                k, v = chosen[:, 2 * head, : shape.head_dim], chosen[:, 2 * head + 1, : shape.head_dim]
+                k, v = shape.of_head(chosen, head)
                 scores = k @ queries[row, q_head].astype(np.float64) * scale
                 if shape.soft_cap:
                     scores = shape.soft_cap * np.tanh(scores / shape.soft_cap)
@@ -262,6 +271,24 @@ SHAPES = {
     "bfloat16": dataclasses.replace(BASE, dtype=BF16),
     "head_dim 64": dataclasses.replace(BASE, head_dim=64),
     "head_dim 64 bfloat16": dataclasses.replace(BASE, head_dim=64, dtype=BF16),
+    "merged": dataclasses.replace(BASE, head_dim=64, merged_kv=True),
+    "merged bfloat16": dataclasses.replace(BASE, head_dim=64, merged_kv=True, dtype=BF16),
+    "merged bfloat16, one KV head": dataclasses.replace(
+        BASE, head_dim=64, merged_kv=True, dtype=BF16, kv_heads=1, group=8
+    ),
+    "merged bfloat16, three KV heads": dataclasses.replace(
+        BASE, head_dim=64, merged_kv=True, dtype=BF16, kv_heads=3, kv_pages=2
+    ),
+    "merged bfloat16, 64 query heads": dataclasses.replace(
+        BASE, head_dim=64, merged_kv=True, dtype=BF16, kv_heads=8, group=8
+    ),
+    "merged int8": dataclasses.replace(
+        BASE, head_dim=64, merged_kv=True, dtype=BF16, cache_dtype=INT8, kv_heads=6, k_scale=1 / 40, v_scale=1 / 20
+    ),
+    "merged float8_e4m3fn": dataclasses.replace(
+        BASE, head_dim=64, merged_kv=True, dtype=BF16, cache_dtype=E4M3, q_scale=0.5, k_scale=2.0, v_scale=3.0
+    ),
+    "merged, not causal": dataclasses.replace(BASE, head_dim=64, merged_kv=True, use_causal_mask=False, kv_pages=2),
     "head_dim 256 bfloat16": dataclasses.replace(BASE, head_dim=256, dtype=BF16),
     "group 1": dataclasses.replace(BASE, group=1),
     "group 4": dataclasses.replace(BASE, group=4, kv_heads=1),
@@ -301,6 +328,9 @@ FEATURES = {
     "float8_e5m2, group 4": dataclasses.replace(BASE, dtype=BF16, cache_dtype=E5M2, group=4, kv_heads=3, v_scale=3.0),
     "not causal": dataclasses.replace(BASE, use_causal_mask=False, kv_pages=2),
     "not causal, window": dataclasses.replace(BASE, use_causal_mask=False, sliding_window=9, dtype=BF16),
+    "merged, all options": dataclasses.replace(
+        BASE, head_dim=64, merged_kv=True, dtype=BF16, sliding_window=24, sink=True, soft_cap=3.0, kv_heads=4
+    ),
     "cache as it came": dataclasses.replace(BASE, update_kv_cache=False, v_scale=0.5),
 }
 
@@ -311,7 +341,10 @@ def test_features(name, case):
     check(FEATURES[name], *RAGGED[case])
 
 
-@pytest.mark.parametrize("name", ["sliding window", "int8", "float8_e4m3fn, all options", "not causal, window"])
+@pytest.mark.parametrize(
+    "name",
+    ["sliding window", "int8", "float8_e4m3fn, all options", "merged, all options", "not causal, window"],
+)
 @pytest.mark.parametrize("mistake", [{"shift": 1}, {"drop_last": True}])
 def test_the_tolerance_notices_an_off_by_one_of_a_feature(name, mistake):
     shape = FEATURES[name]
@@ -467,6 +500,7 @@ def test_a_batch_of_nothing_is_refused():
         ({"mask_value": float("inf")}, "mask_value must be finite, got inf"),
         ({"mask_value": float("nan")}, "mask_value must be finite, got nan"),
         ({"sm_scale": float("nan")}, "sm_scale must be finite, got nan"),
+        ({"merged_kv": True}, "merged_kv needs head_dim 64, got 128"),
         ({"sliding_window": 0}, "sliding_window must be a whole number of at least 1, got 0"),
         ({"sliding_window": 2.5}, "sliding_window must be a whole number of at least 1, got 2.5"),
         ({"soft_cap": 0.0}, "soft_cap must be positive, got 0.0"),

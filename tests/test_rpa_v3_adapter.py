@@ -68,7 +68,27 @@ def test_bounds_are_checked_where_that_is_asked_for(options, checked):
     assert call.params["compiler_params"].disable_bounds_checks is not checked
 
 
-def test_an_engine_finds_it_after_install():
-    module = types.ModuleType("engine")
-    rpa_v3_adapter.install(module)
-    assert module.ragged_paged_attention is rpa_v3_adapter.ragged_paged_attention
+def test_an_engine_finds_them_after_install():
+    package = types.SimpleNamespace(kernel=types.ModuleType("kernel"), kernel_hd64=types.ModuleType("kernel_hd64"))
+    rpa_v3_adapter.install(package)
+    assert package.kernel.ragged_paged_attention is rpa_v3_adapter.ragged_paged_attention
+    assert package.kernel_hd64.ragged_paged_attention_hd64 is rpa_v3_adapter.ragged_paged_attention_hd64
+
+
+def test_a_call_for_head_dim_64_as_an_engine_makes_it():
+    """Eight KV heads, keys and values in one row: a cache of 4 rows of two, where two rows a head would be 8."""
+    heads = {name: jax.ShapeDtypeStruct((16, 8, 64), jnp.bfloat16) for name in ("keys", "values")}
+    queries = jax.ShapeDtypeStruct((16, 64, 64), jnp.bfloat16)
+    arrays = ARRAYS | heads | {"queries": queries, "kv_cache": jax.ShapeDtypeStruct((9, 32, 4, 2, 128), jnp.bfloat16)}
+    sink = jax.ShapeDtypeStruct((64,), jnp.float32)
+    sizes = {"num_kv_pages_per_block": 2, "num_queries_per_block": 8}
+
+    def call(*arrays):
+        return rpa_v3_adapter.ragged_paged_attention_hd64(*arrays, sm_scale=0.1, sliding_window=128, **sizes)
+
+    out, cache = jax.eval_shape(call, *arrays.values(), sink)
+    assert (out.shape, cache.shape) == ((16, 64, 64), (9, 32, 4, 2, 128))
+    (traced,) = [
+        one for one in jax.make_jaxpr(call)(*arrays.values(), sink).eqns if one.primitive.name == "pallas_call"
+    ]
+    assert "bf16[2,64,5,2,128]" in str(traced.params["jaxpr"])  # two KV blocks of 2 pages, a row more a token
