@@ -279,9 +279,7 @@ SHAPES = {
     "merged bfloat16, three KV heads": dataclasses.replace(
         BASE, head_dim=64, merged_kv=True, dtype=BF16, kv_heads=3, kv_pages=2
     ),
-    "merged bfloat16, 64 query heads": dataclasses.replace(
-        BASE, head_dim=64, merged_kv=True, dtype=BF16, kv_heads=8, group=8
-    ),
+    "merged bfloat16, eight KV heads": dataclasses.replace(BASE, head_dim=64, merged_kv=True, dtype=BF16, kv_heads=8),
     "merged int8": dataclasses.replace(
         BASE, head_dim=64, merged_kv=True, dtype=BF16, cache_dtype=INT8, kv_heads=6, k_scale=1 / 40, v_scale=1 / 20
     ),

@@ -4,9 +4,13 @@ import ast
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from judge import contract, policy
+from judge.chips import CHIPS, load_chip
+from kernels import tables
+from kernels.peers import worker
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
@@ -46,3 +50,23 @@ def test_a_shape_is_in_the_problem():
 
 def test_shapes_have_names_of_their_own():
     assert len({shape.name for shape in peers.SHAPES}) == len(peers.SHAPES)
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_a_peer_is_told_the_chip_by_its_name_in_their_tables(chip, monkeypatch):
+    monkeypatch.setattr(jax, "devices", jax.devices)
+    worker.tell_chip(load_chip(chip).topology)
+    assert worker.get_device_name() == tables.DEVICES[chip]
+
+
+def test_at_head_dim_64_keys_and_values_are_one_row_of_the_cache():
+    shape = next(shape for shape in peers.SHAPES if shape.head_dim == 64)
+    text = peers.with_peer(peers.problem(shape), "jax_rpa")
+    module: dict[str, object] = {}
+    lines = [line for line in text.splitlines() if "import ragged_paged_attention" not in line]
+    exec(compile("\n".join(lines), "problem", "exec"), module)
+    small = {"batch": "decode", "num_tokens": 2, "num_seqs": 2, "num_pages": 128, "page_size": 128}
+    queries, keys, _, cache, *_ = module["generate_inputs"](jax.random.key(0), **small)
+    assert (queries.shape, keys.shape, cache.shape) == ((2, 64, 64), (2, 8, 64), (128, 128, 4, 2, 128))
+    with pytest.raises(NotImplementedError, match="no cache with keys and values beside each other"):
+        module["kernel_fn"](queries, keys, keys, cache, None, None, None, None)
