@@ -44,6 +44,7 @@ HEADS = (
     Heads(name="llama-8b", num_q_heads=32, num_kv_heads=8, head_dim=128),
     Heads(name="llama-70b", num_q_heads=64, num_kv_heads=8, head_dim=128),
     Heads(name="qwen-40", num_q_heads=40, num_kv_heads=8, head_dim=128),
+    Heads(name="d-64", num_q_heads=64, num_kv_heads=8, head_dim=64),
     Heads(name="d-256", num_q_heads=16, num_kv_heads=4, head_dim=256),
 )
 PAGE_SIZES = (16, 64, 128)  # tokens
