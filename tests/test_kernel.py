@@ -78,8 +78,12 @@ class Shape:
         return max(0, position - self.sliding_window + 1) if self.sliding_window else 0
 
     @property
+    def rows_per_head(self) -> int:
+        return 1 if self.merged_kv else 2
+
+    @property
     def rows(self) -> int:
-        return -(-(1 if self.merged_kv else 2) * self.kv_heads // self.pack)
+        return -(-self.rows_per_head * self.kv_heads // self.pack)
 
     def of_head(self, tokens: np.ndarray, head: int) -> tuple[np.ndarray, np.ndarray]:
         """Keys and values of a head in ``[…, rows * pack, padded_dim]``."""
@@ -152,7 +156,7 @@ def expected(shape: Shape, inputs: list[Any], *, shift: int = 0, drop_last: bool
         slots = [int(table[seq, i // shape.page]) * shape.page + i % shape.page for i in range(kv_len)]
         for row in range(start, end):
             slot = flat[slots[kv_len - (end - row)]]
-            slot[(1 if shape.merged_kv else 2) * shape.kv_heads :] = 0
+            slot[shape.rows_per_head * shape.kv_heads :] = 0
             for head in range(shape.kv_heads):
                 k, v = shape.of_head(slot, head)
                 k[:], v[:] = keys[row, head], values[row, head]
@@ -228,6 +232,7 @@ def check(shape: Shape, q_lens: list[int], kv_lens: list[int], seed: int = 0) ->
 
 
 BASE = Shape()
+MERGED = dataclasses.replace(BASE, head_dim=64, merged_kv=True)
 # (tokens of each sequence that are new, tokens of each sequence in all): page 16, at most 64 tokens a sequence.
 RAGGED = {
     "one decode": ([1], [1]),
@@ -271,22 +276,18 @@ SHAPES = {
     "bfloat16": dataclasses.replace(BASE, dtype=BF16),
     "head_dim 64": dataclasses.replace(BASE, head_dim=64),
     "head_dim 64 bfloat16": dataclasses.replace(BASE, head_dim=64, dtype=BF16),
-    "merged": dataclasses.replace(BASE, head_dim=64, merged_kv=True),
-    "merged bfloat16": dataclasses.replace(BASE, head_dim=64, merged_kv=True, dtype=BF16),
-    "merged bfloat16, one KV head": dataclasses.replace(
-        BASE, head_dim=64, merged_kv=True, dtype=BF16, kv_heads=1, group=8
-    ),
-    "merged bfloat16, three KV heads": dataclasses.replace(
-        BASE, head_dim=64, merged_kv=True, dtype=BF16, kv_heads=3, kv_pages=2
-    ),
-    "merged bfloat16, eight KV heads": dataclasses.replace(BASE, head_dim=64, merged_kv=True, dtype=BF16, kv_heads=8),
+    "merged": MERGED,
+    "merged bfloat16": dataclasses.replace(MERGED, dtype=BF16),
+    "merged bfloat16, one KV head": dataclasses.replace(MERGED, dtype=BF16, kv_heads=1, group=8),
+    "merged bfloat16, three KV heads": dataclasses.replace(MERGED, dtype=BF16, kv_heads=3, kv_pages=2),
+    "merged bfloat16, eight KV heads": dataclasses.replace(MERGED, dtype=BF16, kv_heads=8),
     "merged int8": dataclasses.replace(
-        BASE, head_dim=64, merged_kv=True, dtype=BF16, cache_dtype=INT8, kv_heads=6, k_scale=1 / 40, v_scale=1 / 20
+        MERGED, dtype=BF16, cache_dtype=INT8, kv_heads=6, k_scale=1 / 40, v_scale=1 / 20
     ),
     "merged float8_e4m3fn": dataclasses.replace(
-        BASE, head_dim=64, merged_kv=True, dtype=BF16, cache_dtype=E4M3, q_scale=0.5, k_scale=2.0, v_scale=3.0
+        MERGED, dtype=BF16, cache_dtype=E4M3, q_scale=0.5, k_scale=2.0, v_scale=3.0
     ),
-    "merged, not causal": dataclasses.replace(BASE, head_dim=64, merged_kv=True, use_causal_mask=False, kv_pages=2),
+    "merged, not causal": dataclasses.replace(MERGED, use_causal_mask=False, kv_pages=2),
     "head_dim 256 bfloat16": dataclasses.replace(BASE, head_dim=256, dtype=BF16),
     "group 1": dataclasses.replace(BASE, group=1),
     "group 4": dataclasses.replace(BASE, group=4, kv_heads=1),
@@ -327,7 +328,7 @@ FEATURES = {
     "not causal": dataclasses.replace(BASE, use_causal_mask=False, kv_pages=2),
     "not causal, window": dataclasses.replace(BASE, use_causal_mask=False, sliding_window=9, dtype=BF16),
     "merged, all options": dataclasses.replace(
-        BASE, head_dim=64, merged_kv=True, dtype=BF16, sliding_window=24, sink=True, soft_cap=3.0, kv_heads=4
+        MERGED, dtype=BF16, sliding_window=24, sink=True, soft_cap=3.0, kv_heads=4
     ),
     "cache as it came": dataclasses.replace(BASE, update_kv_cache=False, v_scale=0.5),
 }

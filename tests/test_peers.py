@@ -19,6 +19,15 @@ import peers
 PREFILL = next(shape for shape in peers.SHAPES if shape.batch == "prefill")
 
 
+def defined(shape: peers.Shape) -> dict[str, object]:
+    """What a peer's file of a shape defines."""
+    lines = peers.with_peer(peers.problem(shape), "jax_rpa").splitlines()
+    module: dict[str, object] = {}
+    text = "\n".join(line for line in lines if "import ragged_paged_attention" not in line)  # here for its problem
+    exec(compile(text, "problem", "exec"), module)
+    return module
+
+
 def source(text: str) -> contract.Source:
     return contract.check_source(text.encode(), "kernel.py")
 
@@ -35,10 +44,7 @@ def test_a_peer_gets_the_problem_and_not_our_kernel(peer):
 
 def test_a_shape_is_in_the_problem():
     shape = peers.Shape(name="s", batch="decode", context=1000, num_seqs=3, num_q_heads=8, num_kv_heads=4, page_size=16)
-    module: dict[str, object] = {}
-    lines = peers.with_peer(peers.problem(shape), "jax_rpa").splitlines()
-    text = "\n".join(line for line in lines if "import ragged_paged_attention" not in line)  # here for its problem
-    exec(compile(text, "problem", "exec"), module)
+    module = defined(shape)
     arguments = module["WORKLOADS"]["decode"]
     assert (arguments["num_pages"], module["NUM_KV_HEADS"], module["MAX_CONTEXT"]) == (3 * 63, 4, 1000)
     q_lens, kv_lens, decodes = module["_lengths"](**arguments)
@@ -60,11 +66,7 @@ def test_a_peer_is_told_the_chip_by_its_name_in_their_tables(chip, monkeypatch):
 
 
 def test_at_head_dim_64_keys_and_values_are_one_row_of_the_cache():
-    shape = next(shape for shape in peers.SHAPES if shape.head_dim == 64)
-    text = peers.with_peer(peers.problem(shape), "jax_rpa")
-    module: dict[str, object] = {}
-    lines = [line for line in text.splitlines() if "import ragged_paged_attention" not in line]
-    exec(compile("\n".join(lines), "problem", "exec"), module)
+    module = defined(next(shape for shape in peers.SHAPES if shape.head_dim == 64))
     small = {"batch": "decode", "num_tokens": 2, "num_seqs": 2, "num_pages": 128, "page_size": 128}
     queries, keys, _, cache, *_ = module["generate_inputs"](jax.random.key(0), **small)
     assert (queries.shape, keys.shape, cache.shape) == ((2, 64, 64), (2, 8, 64), (128, 128, 4, 2, 128))
