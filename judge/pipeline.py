@@ -502,7 +502,7 @@ class Judging:
                 raise CannotJudge(f"{message} (full log in the folder that --keep names)")
             raise Failed("FAIL_CRASH", message)
         status, reason = result.get("status"), str(result.get("reason", ""))
-        if status == "CANNOT_JUDGE" and script == "oracle.py":
+        if status == "CANNOT_JUDGE" and script in ("oracle.py", "strict.py"):
             raise CannotJudge(reason)
         if status == "SEAL" and script == "oracle.py":
             if self._is_dry:

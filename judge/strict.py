@@ -17,15 +17,21 @@ from typing import Any
 
 # What a kernel does that the compiler does not order by itself.
 MANUAL = ("dma_start", "dma_wait", "semaphore_signal", "semaphore_wait")
+# How XLA passes on what the interpreter, Python that it calls back, has raised.
+_FROM_INTERPRETER = "CpuCallback error"
 
 
 class Race(Exception):
     """FAIL_RACE, with what was seen."""
 
 
+class NotRun(Exception):
+    """XLA's own failure on this machine, such as memory that it did not get: nothing is said about the program."""
+
+
 def strictly(program: Any, inputs: list[Any], where: str) -> list[Any] | None:
     """Outputs of the program in the strict interpreter; None where it knows the program not, which copies nothing by
-    hand either, so has no wait to forget. Raises Race."""
+    hand either, so has no wait to forget. Raises Race, NotRun."""
     import jax
     from jax.extend import core
 
@@ -48,7 +54,12 @@ def strictly(program: Any, inputs: list[Any], where: str) -> list[Any] | None:
             outputs = run(*inputs)
             jax.block_until_ready(outputs)
     except Exception as error:
-        raise Race(f"{where}: the strict interpreter stops: {_last_line(error)}") from error
+        told = _last_line(error)
+        if isinstance(error, jax.errors.JaxRuntimeError) and _FROM_INTERPRETER not in str(error):
+            raise NotRun(
+                f"{where}: XLA could not run the strict interpreter on this machine: {told} (more free memory may help)"
+            ) from error
+        raise Race(f"{where}: the strict interpreter stops: {told}") from error
     finally:
         race = jax_shims.race_found()
         jax_shims.reset_strict()
@@ -71,7 +82,7 @@ def _compare(sealed: ModuleType, inputs: list[Any], got: list[Any], where: str) 
 
 
 def _follow(sealed: ModuleType, arguments: dict[str, Any], program: Any, integers: Path, name: str) -> None:
-    """The program on the timed scalars; where they do not say what it does, on the timed inputs. Raises Race."""
+    """The program on the timed scalars; where these do not tell what it does, on the timed inputs. Raises as strictly."""
     import jax
     import numpy as np
 
@@ -96,7 +107,7 @@ def _last_line(error: Exception) -> str:
 
 
 def check(request: dict[str, Any]) -> dict[str, Any]:
-    """One check set a workload. Raises Race."""
+    """One check set a workload. Raises Race, NotRun."""
     import jax
 
     from judge import jax_shims, oracle, wire
@@ -141,6 +152,8 @@ def main() -> None:
         result = check(request)
     except Race as race:
         result = {"status": "FAIL_RACE", "reason": str(race)}
+    except NotRun as failure:
+        result = {"status": "CANNOT_JUDGE", "reason": str(failure)}
     write_result(request, result)
 
 

@@ -301,6 +301,23 @@ def test_the_delay_of_a_loop_ends_where_the_loop_does_not_where_the_region_aroun
     assert run(program, machine=MERGING).hbm_read_bytes == 105 * 32
 
 
+def test_the_delay_of_a_loop_whose_own_region_has_closed_ends_behind_the_first_empty_bundle(run):
+    """The region that closes next began before the loop: what is printed there runs once, when the loop is left."""
+    program = [
+        OPERAND,
+        *["{ %s8_s8 = smov 0 }", "> { %s9_s9 = smov 0 } /* Start region 6 */", "> { %s2_s1 = smov 0 }"],
+        "LB >> { %s2_s1 = sadd.s32 1, %s2_s1 } /* Start region 7 */",
+        ">> { %p3_p0 = scmp.ge.s32.totalorder %s2_s1, 5 } /* End region 7 */",
+        "> { %4 = sbr.rel (!%p3_p0) target = $region7 }",
+        *["> { %s9_s9 = sadd.s32 1, %s9_s9 }", "{}"],
+        "> { %s8_s8 = sadd.s32 100, %s8_s8 } /* End region 6 */",
+        "{ %s9_s9 = sadd.s32 %s8_s8, %s9_s9 }",
+        copy(size="%s9_s9"),
+        *wait(count=105),
+    ]
+    assert run(program, machine=MERGING).hbm_read_bytes == 105 * 32
+
+
 def test_delay_slots_run_whether_the_branch_is_taken_or_not(run):
     program = [
         OPERAND,

@@ -129,18 +129,23 @@ class Translator:
         """Addresses of the bundles that issue between the branch at `address` and its target.
 
         Where a run of empty bundles may be printed as one, the count alone does not tell: the delay ends before a
-        label or a region, and behind an empty bundle unless the branch's own region, the last to begin of those that
-        close here, closes further on.
+        label or a region, and behind an empty bundle unless the branch's own region closes further on. That is the last
+        to begin of those that close here; where the branch is a loop's, one that began with the loop or in it.
         """
         window = self.dump.bundles[address + 1 : address + 1 + self.machine.branch_delay_bundles]
         if not self.machine.merges_empty_bundles:
             return [bundle.address for bundle in window]
+        bundle = self.dump.bundles[address]
+        branch = _branch_of(bundle)
+        assert branch is not None
+        target = self._target(bundle, branch)
+        earliest = target if target <= address else 0
         begins = self.dump.region_address
         closes = [
             (begins[region], bundle.address)
-            for bundle in (self.dump.bundles[address], *window)
+            for bundle in (bundle, *window)
             for region in (bundle.ends if bundle.slots else ())
-            if begins.get(region, address + 1) <= address
+            if earliest <= begins.get(region, address + 1) <= address
         ]
         _, own_end = max(closes, default=(0, address))
         slots: list[int] = []
