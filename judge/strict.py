@@ -82,7 +82,7 @@ def _compare(sealed: ModuleType, inputs: list[Any], got: list[Any], where: str) 
 
 
 def _follow(sealed: ModuleType, arguments: dict[str, Any], program: Any, integers: Path, name: str) -> None:
-    """The program on the timed scalars; where these do not tell what it does, on the timed inputs. Raises as strictly."""
+    """The program on the timed scalars; on the timed inputs where they do not tell what it does. Raises as strictly."""
     import jax
     import numpy as np
 
