@@ -30,7 +30,7 @@ PROBLEM_DESCRIPTION = (
 
 # Tunables: module-level constants that a search may rewrite, each to one of the values listed.
 Q_BLOCK_TOKENS = 128  # new tokens of one sequence in a query block; twice as many from v6e on, if MAX_ROWS allows it
-KV_BLOCK_PAGES = 16  # pages of 32 tokens, or as many tokens, in one KV block of a prefill; on v6e twice that if D > 128
+KV_BLOCK_PAGES = 16  # pages of 32 tokens, or as many tokens, in a prefill's KV block; from v6e on twice that if D > 128
 DECODE_BLOCK_PAGES = 16  # the same of a decode with 4 KiB a token, else as many bytes; see _decode_block_tokens
 MAX_ROWS = 1024  # queries of a KV head in a query block: VMEM has room for no more on every chip
 SOFTMAX_ROWS = 64  # rows of scores that become weights at a time
@@ -1038,7 +1038,7 @@ def _attend_item(call, b, item, first, kept, carry, start_inputs, start_followin
         _for_item_pages(call, b, item, block, slot, _wait, kept)
         if call.options.causal:
             pl.when(block == first_new)(lambda: _for_new_tokens(call, b, item, _start))
-        pl.when(block == first)(start_inputs)  # the item's own copies go first: the next item may wait for them
+        pl.when(block == first + (last - first) // 2)(start_inputs)  # far from other copies that something waits for
         pl.when(block == last)(lambda: start_following(1 - slot))
         if call.options.causal:
             _patch(call, b, item, block, slot)
@@ -1056,16 +1056,17 @@ def _patch(call, b, item, block, slot):
     first_position = block * b.kv.shape[1]
     start = jnp.maximum(item.position, first_position)
     end = jnp.minimum(item.end, first_position + b.kv.shape[1])
-    together = min(16, b.bq)
 
     def copy(position, count):
         for lanes, new in _tiles_as(b.new, call.cache_hbm):
             tokens = new[pl.ds(position - item.position + item.skipped, count)]
             b.kv[slot, pl.ds(position - first_position, count), : tokens.shape[1], :, lanes] = tokens
 
-    whole = jnp.maximum(end - start, 0) // together
-    pl.loop(0, whole)(lambda i: copy(start + i * together, together))
-    pl.loop(start + whole * together, end)(lambda position: copy(position, 1))
+    for together in (64, 16, 1):
+        if together <= b.bq:
+            whole = jnp.maximum(end - start, 0) // together
+            pl.loop(0, whole)(lambda i, start=start, together=together: copy(start + i * together, together))
+            start += whole * together
 
 
 def _finish_item(call, b):
@@ -1217,18 +1218,19 @@ class _Columns:
     """The same with a column for each query of a head, made up to whole lanes: for MXUs that are 256 wide.
 
     Maxima and sums run down registers, and the product with the values has the weights, 256 keys by 256 queries, where
-    the MXU holds one side of it. Three KV heads are in work at a time, tile by tile, so that the MXU, the EUP and the
-    VALU all have something to do: what a step leaves in its buffer, the next one has taken before it is written again.
+    the MXU holds one side of it. The MXU, the EUP and the VALU all have something to do: with a tile's scores go the
+    weights of the tile that as many came before as a head has, and then the sums of one that was before that one. What
+    a step leaves in its buffer, the next one has taken before it is written again.
     """
 
     bq: int
     q: Any  # [Hkv, columns, D or 2 * D]: the item's queries by KV head, scaled and as a sum of two where 2 * D
     m: Any  # f32[Hkv, 1, columns]: running maximum of the scores
     acc: Any  # f32[Hkv, Dv + 8, columns]: running numerator; in each of 8 more rows, the sum of 2 ** (score - m)
-    s: Any  # f32[bkv, columns]: scores of a head
-    top: Any  # f32[1, columns]: maximum of what was seen and them
-    p: Any  # [bkv, columns]: weights of the head before
-    alpha: Any  # f32[1, columns]: factor of its numerator
+    s: Any  # f32[…, bkv, 256]: scores of a tile
+    top: Any  # f32[…, 256]: maximum of what was seen and them
+    p: Any  # […, bkv, 256]: weights of a tile
+    alpha: Any  # f32[…, 256]: factor of its numerator
     bias: Any  # f32[bkv, …]: what leaves an invisible key no weight; for some columns, which the others repeat
     out: Any  # f32[2, columns, D]: the output of two KV heads
 
@@ -1237,10 +1239,16 @@ class _Columns:
         f32 = functools.partial(pltpu.VMEM, dtype=jnp.float32)
         columns = _align(rows, LANES)
         depth = head_dim * (2 if head_dim == LANES and dtype == jnp.bfloat16 else 1)
+        tile, of_head = min(columns, TILE_COLUMNS), pl.cdiv(columns, TILE_COLUMNS)
+        scores, weights = of_head, of_head
+        if head_dim > LANES:  # the order that the compiler makes most of, and on TPU7x what its VMEM has room for
+            scores, weights = (2 * of_head, of_head - 1) if _generation() == 6 else (of_head, of_head // 2)
+            weights = max(weights, 1)
         return (
             pltpu.VMEM((num_kv_heads, columns, depth), dtype),
             *(f32((num_kv_heads, 1, columns)), f32((num_kv_heads, value_dim + 8, columns))),
-            *(f32((bkv, columns)), f32((1, columns)), pltpu.VMEM((bkv, columns), dtype), f32((1, columns))),
+            *(f32((scores, bkv, tile)), f32((scores, tile))),
+            *(pltpu.VMEM((weights, bkv, tile), dtype), f32((weights, tile))),
             f32((bkv, columns if bq % TILE_COLUMNS and TILE_COLUMNS % bq else min(max(bq, TILE_COLUMNS), columns))),
             f32((2, columns, head_dim)),
         )
@@ -1291,52 +1299,60 @@ class _Columns:
         return self.out[head % 2, pl.ds(i * self.bq, self.bq)]
 
     def add(self, call, keys, values, width, masked):
-        columns = self.s.shape[1]
+        columns = self.acc.shape[2]
         tiles = [pl.ds(i, min(TILE_COLUMNS, columns - i)) for i in range(0, columns, TILE_COLUMNS)]
         if masked is not None:
             bias = self.bias.at[pl.ds(0, width)]
             key, column = (jax.lax.broadcasted_iota(jnp.int32, bias.shape, axis) for axis in (0, 1))
             visible = _visible(call, jax.lax.rem(column, self.bq), key, *masked)
             bias[...] = jnp.where(visible, 0.0, call.options.mask_value)
-        k, v = {}, {}
-        for head in range(call.num_kv_heads + 2):
-            if head < call.num_kv_heads:
-                k[head] = jnp.concatenate([keys(head)] * 2, axis=1) if self._splits else keys(head)
-            if head >= 2:
-                v[head - 2] = self._with_ones(values(head - 2).T[-self._value_dim :])
-            for tile in tiles:
-                if head >= 2:
-                    self._sum_up(head - 2, v[head - 2], width, tile)
-                if 1 <= head <= call.num_kv_heads:
-                    self._weigh(head - 1, width, tile)
-                if head < call.num_kv_heads:
-                    self._score(call, head, k[head], width, tile, masked)
+        steps = [(head, tile) for head in range(call.num_kv_heads) for tile in tiles]
+        weighed = len(tiles)  # so many steps behind the scores
+        summed = weighed + self.p.shape[0]
+        k = v = None
+        for i in range(len(steps) + summed):
+            if i >= summed:
+                head, tile = steps[i - summed]
+                if tile == tiles[0]:
+                    v = self._with_ones(values(head).T[-self._value_dim :])
+                self._sum_up(head, v, width, tile, i - summed)
+            if weighed <= i < len(steps) + weighed:
+                self._weigh(*steps[i - weighed], width, i - weighed)
+            if i < len(steps):
+                head, tile = steps[i]
+                if tile == tiles[0]:
+                    k = jnp.concatenate([keys(head)] * 2, axis=1) if self._splits else keys(head)
+                self._score(call, head, k, width, tile, masked, i)
 
     @staticmethod
     def _with_ones(values):
         """Rows of ones below ``[Dv, width]``, so that the MXU also sums the weights."""
         return jnp.concatenate([values, jnp.ones((8, values.shape[1]), values.dtype)], axis=0)
 
-    def _score(self, call, head, keys, width, tile, masked):
+    def _score(self, call, head, keys, width, tile, masked, step):
         products = jax.lax.dot_general(
             keys, self.q[head, tile], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
         )
         s = call.scores(products, self._splits)
         if masked is not None:
             s += self.bias[:width, pl.ds(tile.start % self.bias.shape[1], tile.size)]
-        self.s[:width, tile] = s
-        self.top[:, tile] = jnp.maximum(self.m[head, :, tile], jnp.max(s, axis=0, keepdims=True))
+        at = step % self.s.shape[0]
+        self.s[at, :width, : tile.size] = s
+        self.top[pl.ds(at, 1), : tile.size] = jnp.maximum(self.m[head, :, tile], jnp.max(s, axis=0, keepdims=True))
 
-    def _weigh(self, head, width, tile):
-        m_old, m_new = self.m[head, :, tile], self.top[:, tile]
+    def _weigh(self, head, tile, width, step):
+        at = step % self.s.shape[0]
+        m_old, m_new = self.m[head, :, tile], self.top[pl.ds(at, 1), : tile.size]
         alpha = jnp.exp2(m_old - m_new)
-        p = jnp.exp2(self.s[:width, tile] - m_new)
-        self.p[:width, tile] = p.astype(self.p.dtype)
-        self.m[head, :, tile], self.alpha[:, tile] = m_new, alpha
+        p = jnp.exp2(self.s[at, :width, : tile.size] - m_new)
+        at = step % self.p.shape[0]
+        self.p[at, :width, : tile.size] = p.astype(self.p.dtype)
+        self.m[head, :, tile], self.alpha[pl.ds(at, 1), : tile.size] = m_new, alpha
 
-    def _sum_up(self, head, values, width, tile):
-        weighed = jnp.dot(values, self.p[:width, tile], preferred_element_type=jnp.float32)
-        self.acc[head, :, tile] = self.alpha[:, tile] * self.acc[head, :, tile] + weighed
+    def _sum_up(self, head, values, width, tile, step):
+        at = step % self.p.shape[0]
+        weighed = jnp.dot(values, self.p[at, :width, : tile.size], preferred_element_type=jnp.float32)
+        self.acc[head, :, tile] = self.alpha[pl.ds(at, 1), : tile.size] * self.acc[head, :, tile] + weighed
 
 
 def _lanes(x, width):
@@ -1563,8 +1579,8 @@ def ragged_paged_attention(
     value_dim = head_dim if merged_kv else padded_dim
     beside = _words_beside(kv_rows) if merged_kv else 0
     keys_per_token, key_dim = kv_rows * pack // (beside or 2), max(beside * LANES // 2, padded_dim)
-    if _generation() == 6 and tiles > 1 and own_bkv * token_bytes <= 2 * 2**20:
-        own_bkv *= 2  # wide sums are scaled half as often; TPU7x has not the VMEM for it
+    if _generation() >= 6 and tiles > 1 and own_bkv * token_bytes <= 2 * 2**20:
+        own_bkv *= 2  # wide sums are scaled half as often
     bq, bkv = (p_block_sizes or m_block_sizes or (own_bq, own_bkv))[:2]
     bq = min(bq, num_tokens)
     longest = page_indices.shape[0] // kv_lens.shape[0] * page_size
