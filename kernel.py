@@ -24,8 +24,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 KERNEL_NAME = "ragged_paged_attention"
 PROBLEM_DESCRIPTION = (
-    "Causal attention of a ragged batch (prefill) over a paged KV cache, with the new keys and values "
-    "written into their slots; heads as wide as Gemma's (16 query, 4 KV, head_dim 256), bfloat16."
+    "Causal attention of a ragged batch (decode, prefill, mixed) over a paged KV cache, with the new keys and values "
+    "written into their slots; Llama-3-8B heads (32 query, 8 KV, head_dim 128), bfloat16."
 )
 
 # Tunables: module-level constants that a search may rewrite, each to one of the values listed.
@@ -1787,9 +1787,9 @@ def _validate(queries, keys, values, kv_cache, kv_lens, page_indices, cu_q_lens,
 
 # --- the contract: the problem this kernel is judged on. Sealed: the judge takes it from the lineage's baseline. ------
 
-NUM_Q_HEADS = 16
-NUM_KV_HEADS = 4
-HEAD_DIM = 256
+NUM_Q_HEADS = 32
+NUM_KV_HEADS = 8
+HEAD_DIM = 128
 DTYPE = jnp.bfloat16
 PACK = 2  # bfloat16 values in 32 bits
 MERGED_KV = HEAD_DIM == LANES // 2  # a row of the cache is a head's keys and values, beside each other
@@ -1798,7 +1798,9 @@ SM_SCALE = HEAD_DIM**-0.5
 # name → keyword arguments of generate_inputs, compute_flops, compute_bytes and get_tiling_meta. `batch` names how the
 # lengths are drawn (see _lengths), the rest are shapes: token rows, sequence slots, pages in the pool, tokens a page.
 WORKLOADS = {
+    "decode": {"batch": "decode", "num_tokens": 64, "num_seqs": 64, "num_pages": 4096, "page_size": 32},
     "prefill": {"batch": "prefill", "num_tokens": 8192, "num_seqs": 8, "num_pages": 512, "page_size": 32},
+    "mixed": {"batch": "mixed", "num_tokens": 2048, "num_seqs": 64, "num_pages": 4096, "page_size": 32},
 }
 # name → what a check set changes in each workload; every shape stays, so that the artifact that is timed is checked.
 # None is drawn by the judge, anew for each judging; `races` is also what the strict interpreter runs.
