@@ -284,32 +284,23 @@ def test_delay_slots_that_are_all_printed_are_not_merged(run):
     assert done.cycles == 1 + 5 * (2 + 1 + 6) + 1
 
 
-def test_the_delay_of_a_loop_ends_where_the_loop_does_not_where_the_region_around_it_ends(run):
+@pytest.mark.parametrize(
+    "compare_comment, delay",
+    [
+        ("", ["> { %s7_s7 = smov 0 }", "{}", ">> { %s9_s9 = sadd.s32 1, %s9_s9 } /* End region 7 */", "{}"]),
+        (" /* End region 7 */", ["> { %s9_s9 = sadd.s32 1, %s9_s9 }", "{}"]),
+    ],
+    ids=["the loop's region closes in the delay", "the loop's region has closed"],
+)
+def test_the_delay_of_a_loop_ends_where_the_loop_does_not_where_the_region_around_it_ends(run, compare_comment, delay):
     """What is printed behind the loop's end and an empty bundle runs once, when the loop is left."""
     program = [
         OPERAND,
         *["{ %s8_s8 = smov 0 }", "> { %s9_s9 = smov 0 } /* Start region 6 */", "> { %s2_s1 = smov 0 }"],
         "LB >> { %s2_s1 = sadd.s32 1, %s2_s1 } /* Start region 7 */",
-        ">> { %p3_p0 = scmp.ge.s32.totalorder %s2_s1, 5 }",
+        ">> { %p3_p0 = scmp.ge.s32.totalorder %s2_s1, 5 }" + compare_comment,
         "> { %4 = sbr.rel (!%p3_p0) target = $region7 }",
-        *["> { %s7_s7 = smov 0 }", "{}", ">> { %s9_s9 = sadd.s32 1, %s9_s9 } /* End region 7 */", "{}"],
-        "> { %s8_s8 = sadd.s32 100, %s8_s8 } /* End region 6 */",
-        "{ %s9_s9 = sadd.s32 %s8_s8, %s9_s9 }",
-        copy(size="%s9_s9"),
-        *wait(count=105),
-    ]
-    assert run(program, machine=MERGING).hbm_read_bytes == 105 * 32
-
-
-def test_the_delay_of_a_loop_whose_own_region_has_closed_ends_behind_the_first_empty_bundle(run):
-    """The region that closes next began before the loop: what is printed there runs once, when the loop is left."""
-    program = [
-        OPERAND,
-        *["{ %s8_s8 = smov 0 }", "> { %s9_s9 = smov 0 } /* Start region 6 */", "> { %s2_s1 = smov 0 }"],
-        "LB >> { %s2_s1 = sadd.s32 1, %s2_s1 } /* Start region 7 */",
-        ">> { %p3_p0 = scmp.ge.s32.totalorder %s2_s1, 5 } /* End region 7 */",
-        "> { %4 = sbr.rel (!%p3_p0) target = $region7 }",
-        *["> { %s9_s9 = sadd.s32 1, %s9_s9 }", "{}"],
+        *delay,
         "> { %s8_s8 = sadd.s32 100, %s8_s8 } /* End region 6 */",
         "{ %s9_s9 = sadd.s32 %s8_s8, %s9_s9 }",
         copy(size="%s9_s9"),

@@ -21,7 +21,7 @@ def test_memory_that_the_machine_does_not_have_says_nothing_about_a_program():
         strictly(program, [jnp.float32(1)], "here")
 
 
-def test_a_copy_out_of_bounds_is_the_programs_own_fault(monkeypatch):
+def test_a_copy_out_of_bounds_is_the_programs_own_fault():
     def body(at, x, out):
         pltpu.sync_copy(x.at[pl.ds(at[0], 8)], out)
 
