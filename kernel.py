@@ -29,10 +29,11 @@ PROBLEM_DESCRIPTION = (
 )
 
 # Tunables: module-level constants that a search may rewrite, each to one of the values listed.
-Q_BLOCK_TOKENS = 128  # new tokens of one sequence in a query block; twice as many from v6e on, if MAX_ROWS allows it
+Q_BLOCK_TOKENS = 128  # new tokens of one sequence in a query block; doubled from v6e on up to MAX_ROWS
 KV_BLOCK_PAGES = 16  # pages of 32 tokens, or as many tokens, in a prefill's KV block; from v6e on twice that if D > 128
 DECODE_BLOCK_PAGES = 16  # the same of a decode with 4 KiB a token, else as many bytes; see _decode_block_tokens
-MAX_ROWS = 1024  # queries of a KV head in a query block: VMEM has room for no more on every chip
+MAX_ROWS = 1024  # queries of a KV head that a query block of twice as many tokens may have
+MAX_VALUES = 2**20  # of all queries in a query block, if a KV head has some tiles of them: more only compile longer
 SOFTMAX_ROWS = 64  # rows of scores that become weights at a time
 TILE_COLUMNS = 256  # the same of columns, where scores stand on their side
 CHUNK_WORDS = 512  # 32-bit words of a KV block whose keys meet a decode's queries at a time
@@ -41,6 +42,7 @@ PAGES_TOGETHER = 4  # pages whose copies one turn of a loop starts
 PIECE_TOKENS = 8  # a decode's last page is fetched in whole pieces of so many tokens
 PART_WORDS = 8192  # 128-lane words of a decode's last KV block at a time: fewer take as long, more may be in vain
 DECODES_BESIDE = 2  # KV blocks of decodes that go with one of a prefill
+COMPILERS_OWN_BYTES = 3 * 2**18  # of VMEM, beside the kernel's buffers: registers that it spills, sinks
 DECODE_BUFFERS = 3  # KV blocks of decodes in VMEM: one in work, the others on their way
 
 TUNABLES = {
@@ -1219,8 +1221,9 @@ class _Columns:
 
     Maxima and sums run down registers, and the product with the values has the weights, 256 keys by 256 queries, where
     the MXU holds one side of it. The MXU, the EUP and the VALU all have something to do: with a tile's scores go the
-    weights of the tile that as many came before as a head has, and then the sums of one that was before that one. What
-    a step leaves in its buffer, the next one has taken before it is written again.
+    weights of the tile that as many came before as a head has, and then the sums of one that was before that one: as
+    many steps behind the weights as these have buffers. Scores need a head's tiles or more. What a step leaves in its
+    buffer, the next one has taken before it is written again.
     """
 
     bq: int
@@ -1513,7 +1516,8 @@ def ragged_paged_attention(
       d_block_sizes, p_block_sizes, m_block_sizes: (queries, KV tokens, …) a block, for decodes, for prefills and, where
         the former are not given, for mixed batches; the compute sizes that may follow are the kernel's own. KV tokens
         must be whole pages.
-      vmem_limit_bytes: VMEM that the compiler may use; 64 MiB if None.
+      vmem_limit_bytes: VMEM that the compiler may use; 64 MiB if None. Block sizes that are not given are halved until
+        they fit.
       debug_mode: the chip checks the bounds of copies.
 
     Returns:
@@ -1574,6 +1578,8 @@ def ragged_paged_attention(
     own_bq = Q_BLOCK_TOKENS
     if _generation() >= 6 and 2 * own_bq * num_q_heads // num_kv_heads <= MAX_ROWS:
         own_bq *= 2
+    while own_bq * num_q_heads * padded_dim > MAX_VALUES and own_bq * num_q_heads // num_kv_heads > 2 * TILE_COLUMNS:
+        own_bq //= 2
     own_bkv = _block_tokens(KV_BLOCK_PAGES, page_size)
     token_bytes = kv_rows * pack * padded_dim * kv_cache.dtype.itemsize
     value_dim = head_dim if merged_kv else padded_dim
@@ -1584,18 +1590,59 @@ def ragged_paged_attention(
     is_long = _generation() == 6 or (_generation() >= 7 and is_plain)
     if is_long and tiles > 1 and own_bkv * token_bytes <= 2 * 2**20:
         own_bkv *= 2
-    bq, bkv = (p_block_sizes or m_block_sizes or (own_bq, own_bkv))[:2]
-    bq = min(bq, num_tokens)
     longest = page_indices.shape[0] // kv_lens.shape[0] * page_size
-    decode_bkv = (d_block_sizes or (1, min(_decode_block_tokens(token_bytes, page_size), longest)))[1]
-    value_words = ()
-    if beside > 1:
-        value_words = (pltpu.VMEM((beside // 2, decode_bkv * kv_rows // beside, LANES), jnp.uint32),)
+    own = min(_decode_block_tokens(token_bytes, page_size), longest), own_bkv, min(own_bq, num_tokens)
+    given_bq, given_bkv = (p_block_sizes or m_block_sizes or (None, None))[:2]
+    given = (d_block_sizes or (1, None))[1], given_bkv, given_bq and min(given_bq, num_tokens)
+    sums = _Columns if _generation() >= 6 else _Rows
+
+    def scratch(decode_bkv, bkv, bq):
+        value_words = ()
+        if beside > 1:
+            value_words = (pltpu.VMEM((beside // 2, decode_bkv * kv_rows // beside, LANES), jnp.uint32),)
+        return [
+            (
+                pltpu.VMEM((DECODE_BUFFERS, 1, *q.shape[1:]), q.dtype),
+                pltpu.VMEM((DECODE_BUFFERS, tiles, 1, keys.shape[1], LANES), kv_cache.dtype),
+                pltpu.VMEM((DECODE_BUFFERS, tiles, 1, keys.shape[1], LANES), kv_cache.dtype),
+                pltpu.VMEM((DECODE_BUFFERS, decode_bkv, kv_rows, pack, padded_dim), kv_cache.dtype),
+                pltpu.VMEM((heads, key_dim), q.dtype),
+                pltpu.VMEM((2, tiles, _odd(kv_rows), LANES), jnp.uint32),
+                pltpu.VMEM((2, 1, _odd(out_words), LANES), jnp.uint32)
+                if in_words
+                else pltpu.VMEM((2, 1, heads, padded_dim), out_dtype),
+                pltpu.VMEM((heads, LANES), jnp.float32),
+                pltpu.VMEM((heads, LANES), jnp.float32),
+                pltpu.VMEM((heads, key_dim), jnp.float32),
+                pltpu.VMEM((heads, decode_bkv * keys_per_token), jnp.float32),
+                pltpu.VMEM((heads, decode_bkv * keys_per_token), jnp.float32),
+                pltpu.SemaphoreType.DMA((DECODE_BUFFERS,)),
+                pltpu.SemaphoreType.DMA((2,)),
+                *value_words,
+            ),
+            (
+                pltpu.VMEM((2, bq, *q_token), q.dtype),
+                pltpu.VMEM((2, bq, *keys.shape[1:]), kv_cache.dtype),
+                pltpu.VMEM((2, bq, *keys.shape[1:]), kv_cache.dtype),
+                pltpu.VMEM((tiles, bq * _odd(kv_rows), LANES), jnp.uint32),
+                pltpu.VMEM((tiles, max(bq * moved_words, 8), LANES), jnp.uint32),
+                pltpu.VMEM((tiles, bq * _odd(out_words), LANES), jnp.uint32),
+                pltpu.VMEM((1, 1, LANES) if in_words else (bq, *o_token), out_dtype),
+                pltpu.VMEM((2, bkv, _odd(kv_rows), pack, padded_dim), kv_cache.dtype),
+                pltpu.SemaphoreType.DMA((2,)),
+                pltpu.SemaphoreType.DMA((2,)),
+                pltpu.SemaphoreType.DMA,
+                pltpu.SemaphoreType.DMA,
+                sums.shapes(bq, num_kv_heads, num_q_heads // num_kv_heads * bq, padded_dim, value_dim, bkv, q.dtype),
+            ),
+        ]
+
+    vmem_limit_bytes = vmem_limit_bytes or 64 * 2**20
+    scratch_shapes = scratch(*_fitting(scratch, vmem_limit_bytes, own, given, page_size))
     sinks = ()
     if attention_sink is not None:
         sink = jnp.pad(attention_sink * LOG2_E, (0, heads - num_q_heads))
         sinks = (jnp.broadcast_to(sink[:, None], (heads, LANES)),)
-    sums = _Columns if _generation() >= 6 else _Rows
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     out, new_cache = pl.pallas_call(
         functools.partial(
@@ -1611,44 +1658,7 @@ def ragged_paged_attention(
             grid=(1,),
             in_specs=[hbm, hbm, hbm, hbm, *(pl.BlockSpec(memory_space=pltpu.VMEM) for _ in sinks)],
             out_specs=[hbm, hbm],
-            scratch_shapes=[
-                (
-                    pltpu.VMEM((DECODE_BUFFERS, 1, *q.shape[1:]), q.dtype),
-                    pltpu.VMEM((DECODE_BUFFERS, tiles, 1, keys.shape[1], LANES), kv_cache.dtype),
-                    pltpu.VMEM((DECODE_BUFFERS, tiles, 1, keys.shape[1], LANES), kv_cache.dtype),
-                    pltpu.VMEM((DECODE_BUFFERS, decode_bkv, kv_rows, pack, padded_dim), kv_cache.dtype),
-                    pltpu.VMEM((heads, key_dim), q.dtype),
-                    pltpu.VMEM((2, tiles, _odd(kv_rows), LANES), jnp.uint32),
-                    pltpu.VMEM((2, 1, _odd(out_words), LANES), jnp.uint32)
-                    if in_words
-                    else pltpu.VMEM((2, 1, heads, padded_dim), out_dtype),
-                    pltpu.VMEM((heads, LANES), jnp.float32),
-                    pltpu.VMEM((heads, LANES), jnp.float32),
-                    pltpu.VMEM((heads, key_dim), jnp.float32),
-                    pltpu.VMEM((heads, decode_bkv * keys_per_token), jnp.float32),
-                    pltpu.VMEM((heads, decode_bkv * keys_per_token), jnp.float32),
-                    pltpu.SemaphoreType.DMA((DECODE_BUFFERS,)),
-                    pltpu.SemaphoreType.DMA((2,)),
-                    *value_words,
-                ),
-                (
-                    pltpu.VMEM((2, bq, *q_token), q.dtype),
-                    pltpu.VMEM((2, bq, *keys.shape[1:]), kv_cache.dtype),
-                    pltpu.VMEM((2, bq, *keys.shape[1:]), kv_cache.dtype),
-                    pltpu.VMEM((tiles, bq * _odd(kv_rows), LANES), jnp.uint32),
-                    pltpu.VMEM((tiles, max(bq * moved_words, 8), LANES), jnp.uint32),
-                    pltpu.VMEM((tiles, bq * _odd(out_words), LANES), jnp.uint32),
-                    pltpu.VMEM((1, 1, LANES) if in_words else (bq, *o_token), out_dtype),
-                    pltpu.VMEM((2, bkv, _odd(kv_rows), pack, padded_dim), kv_cache.dtype),
-                    pltpu.SemaphoreType.DMA((2,)),
-                    pltpu.SemaphoreType.DMA((2,)),
-                    pltpu.SemaphoreType.DMA,
-                    pltpu.SemaphoreType.DMA,
-                    sums.shapes(
-                        bq, num_kv_heads, num_q_heads // num_kv_heads * bq, padded_dim, value_dim, bkv, q.dtype
-                    ),
-                ),
-            ],
+            scratch_shapes=scratch_shapes,
         ),
         out_shape=[
             jax.ShapeDtypeStruct((num_tokens, *o_token), out_dtype),
@@ -1657,7 +1667,7 @@ def ragged_paged_attention(
         input_output_aliases={7: 1},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary",),
-            vmem_limit_bytes=vmem_limit_bytes or 64 * 2**20,
+            vmem_limit_bytes=vmem_limit_bytes,
             disable_bounds_checks=not debug_mode,
         ),
         name=KERNEL_NAME,
@@ -1680,6 +1690,37 @@ def _decode_block_tokens(token_bytes, page_size):
     """
     block_bytes = DECODE_BLOCK_PAGES * 32 * 4096 * (4 if _generation() >= 7 else 1)
     return max(block_bytes // (token_bytes * page_size), 1) * page_size
+
+
+def _fitting(scratch, vmem_limit_bytes, own, given, page_size):
+    """(decode_bkv, bkv, bq): those `given`, and of the kernel's `own` what VMEM has room for.
+
+    Where the buffers of `scratch(decode_bkv, bkv, bq)` need more, the own sizes are halved in turn, the decodes' first,
+    since theirs costs least. KV blocks stay whole pages of LANES tokens or more.
+    """
+    sizes = [own_size if size is None else size for own_size, size in zip(own, given, strict=True)]
+    units = math.lcm(page_size, LANES), math.lcm(page_size, LANES), 8
+    turn = 0
+    while _vmem_bytes(scratch(*sizes)) > vmem_limit_bytes - COMPILERS_OWN_BYTES:
+        can = [i for i in range(3) if given[i] is None and sizes[i] % (2 * units[i]) == 0]
+        if not can:
+            break
+        i = next((i for i in can if i >= turn), can[0])
+        sizes[i] //= 2
+        turn = (i + 1) % 3
+    return sizes
+
+
+def _vmem_bytes(buffers):
+    """Bytes of scratch buffers in VMEM: in tiles of 128 lanes by 8 words, or fewer if a power of two holds the rows."""
+    total = 0
+    for buffer in jax.tree.leaves(buffers):
+        if getattr(buffer, "memory_space", None) == pltpu.VMEM:
+            *outer, rows, lanes = buffer.shape
+            itemsize = jnp.dtype(buffer.dtype).itemsize
+            tile = min(32 // itemsize, max(1 << (rows - 1).bit_length(), 4 // itemsize))
+            total += math.prod(outer) * _align(rows, tile) * _align(lanes, LANES) * itemsize
+    return total
 
 
 def _generation():
