@@ -41,7 +41,8 @@ class Shape:
     dtype: Any = F32  # of queries and output
     cache_dtype: Any = None  # of keys, values and cache; that of the queries if None
     q_block: int = 8
-    kv_pages: int = 1  # pages a KV block
+    kv_pages: int | None = 1  # pages a KV block; None: blocks are the kernel's own
+    vmem_limit_bytes: int | None = None
     sm_scale: float = 0.25
     sliding_window: int | None = None
     soft_cap: float | None = None
@@ -60,8 +61,8 @@ class Shape:
     @property
     def options(self) -> dict[str, Any]:
         names = ("sliding_window", "soft_cap", "q_scale", "k_scale", "v_scale")
-        names += ("use_causal_mask", "update_kv_cache", "merged_kv")
-        blocks = (self.q_block, self.kv_pages * self.page)
+        names += ("use_causal_mask", "update_kv_cache", "merged_kv", "vmem_limit_bytes")
+        blocks = self.kv_pages and (self.q_block, self.kv_pages * self.page)
         given = {name: getattr(self, name) for name in names} | {"d_block_sizes": blocks, "p_block_sizes": blocks}
         return given | {"sm_scale": self.sm_scale, "attention_sink": self.sinks}
 
@@ -397,6 +398,64 @@ def test_a_decode_s_block_has_as_many_bytes_whatever_a_token_has(monkeypatch):
     assert kernel._decode_block_tokens(1 << 24, 128) == 128  # never less than a page
     monkeypatch.setattr(kernel, "_generation", lambda: 7)
     assert kernel._decode_block_tokens(4096, 32) == 2048
+
+
+OWN_BLOCKS = Shape(tokens=64, seqs=3, pages=96, pages_per_seq=32, kv_pages=None)
+
+
+def blocks_and_vmem_bytes(monkeypatch, shape, limit=None):
+    """(decode_bkv, bkv, bq) of a call, the own ones it began with, and the bytes of its buffers."""
+    seen = []
+    fitting = kernel._fitting
+
+    def watched(scratch, limit, own, given, page_size):
+        sizes = fitting(scratch, limit, own, given, page_size)
+        seen.append((tuple(sizes), own, kernel._vmem_bytes(scratch(*sizes))))
+        return sizes
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kernel, "_fitting", watched)
+        options = shape.options | {"vmem_limit_bytes": limit}
+        inputs = make_inputs(dataclasses.replace(shape, tokens=8), [1], [1])
+        queries, keys, values = (jax.ShapeDtypeStruct((shape.tokens, *x.shape[1:]), x.dtype) for x in inputs[:3])
+        jax.make_jaxpr(lambda *arrays: kernel.ragged_paged_attention(*arrays, **options))(
+            queries, keys, values, *inputs[3:]
+        )
+    return seen[0]
+
+
+@pytest.mark.parametrize(
+    ("heads", "sizes"),
+    [
+        ({"kv_heads": 8, "group": 4}, (2048, 512, 256)),
+        ({"kv_heads": 4, "group": 4, "head_dim": 256}, (2048, 1024, 256)),
+        ({"kv_heads": 32, "group": 1}, (256, 512, 256)),  # from here on, halved in turn from the decodes' on
+        ({"kv_heads": 4, "group": 16, "head_dim": 256}, (1024, 1024, 64)),
+        ({"kv_heads": 8, "group": 4, "dtype": F32}, (512, 512, 256)),
+        ({"kv_heads": 64, "group": 1, "dtype": F32}, (128, 128, 32)),
+    ],
+)
+def test_blocks_are_what_vmem_has_room_for(heads, sizes, monkeypatch):
+    monkeypatch.setattr(kernel, "_generation", lambda: 7)
+    shape = Shape(tokens=2048, seqs=1, pages=1, pages_per_seq=256, kv_pages=None, **{"dtype": BF16} | heads)
+    got, own, used = blocks_and_vmem_bytes(monkeypatch, shape)
+    assert got == sizes and used <= (64 << 20) - kernel.COMPILERS_OWN_BYTES
+    if got != own:  # and no smaller than need be
+        *_, more = blocks_and_vmem_bytes(monkeypatch, shape, limit=1 << 40)
+        assert more > (64 << 20) - kernel.COMPILERS_OWN_BYTES
+
+
+def test_blocks_that_are_given_stay(monkeypatch):
+    shape = dataclasses.replace(OWN_BLOCKS, kv_pages=4, q_block=64)
+    assert blocks_and_vmem_bytes(monkeypatch, shape, limit=1 << 20)[0] == (64, 64, 64)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_little_vmem_changes_the_blocks_and_nothing_else(dtype, monkeypatch):
+    shape = dataclasses.replace(OWN_BLOCKS, dtype=dtype)
+    sizes, own, _ = blocks_and_vmem_bytes(monkeypatch, shape, limit=1 << 20)
+    assert own == (512, 512, 64) and sizes == (128, 128, 8)
+    check(dataclasses.replace(shape, vmem_limit_bytes=1 << 20), [1, 37, 26], [300, 500, 26])
 
 
 def test_heads_are_padded_to_whole_tiles_of_8_rows():
