@@ -33,15 +33,17 @@ Q_BLOCK_TOKENS = 128  # new tokens of one sequence in a query block; doubled fro
 KV_BLOCK_PAGES = 16  # pages of 32 tokens, or as many tokens, in a prefill's KV block; from v6e on twice that if D > 128
 DECODE_BLOCK_PAGES = 16  # the same of a decode with 4 KiB a token, else as many bytes; see _decode_block_tokens
 MAX_ROWS = 1024  # queries of a KV head that a query block of twice as many tokens may have
-MAX_VALUES = 2**20  # of all queries in a query block, if a KV head has some tiles of them: more only compile longer
+MAX_VALUES = 2**20  # of all queries in a query block before v6e, if a KV head has some tiles of them: more is slower
 SOFTMAX_ROWS = 64  # rows of scores that become weights at a time
 TILE_COLUMNS = 256  # the same of columns, where scores stand on their side
+BLOCK_SCORES = 2**22  # scores in a basic block, where they do: the compiler takes four times as long for twice as many
 CHUNK_WORDS = 512  # 32-bit words of a KV block whose keys meet a decode's queries at a time
 WORDS_BESIDE = 4  # words of a decode's token whose heads meet the queries at once, where keys and values are merged
 PAGES_TOGETHER = 4  # pages whose copies one turn of a loop starts
 PIECE_TOKENS = 8  # a decode's last page is fetched in whole pieces of so many tokens
 PART_WORDS = 8192  # 128-lane words of a decode's last KV block at a time: fewer take as long, more may be in vain
 DECODES_BESIDE = 2  # KV blocks of decodes that go with one of a prefill
+VMEM_BYTES = 96 * 2**20  # that the kernel may have if nothing is said and the chip has as much
 COMPILERS_OWN_BYTES = 3 * 2**18  # of VMEM, beside the kernel's buffers: registers that it spills, sinks
 DECODE_BUFFERS = 3  # KV blocks of decodes in VMEM: one in work, the others on their way
 
@@ -646,11 +648,16 @@ def _decode_block(call, d, kv, seen):
         d.acc[...] = pv
 
     if d.acc.shape[1] > LANES:
-        # In a basic block of its own, by a condition that always holds: the compiler deals the products of a block out
-        # to the MXUs without regard to when they are due, and gave all of these to one and all scores to another.
-        pl.when(call.distribution[2] > 0)(weigh)
+        # The compiler deals the products of a basic block out to the MXUs without regard to when they are due, and gave
+        # all of these to one and all scores to another.
+        _in_a_basic_block(call, weigh)
     else:
         weigh()
+
+
+def _in_a_basic_block(call, do):
+    """`do()` in a basic block of its own, by a condition that always holds."""
+    pl.when(call.distribution[2] > 0)(do)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1312,20 +1319,28 @@ class _Columns:
         steps = [(head, tile) for head in range(call.num_kv_heads) for tile in tiles]
         weighed = len(tiles)  # so many steps behind the scores
         summed = weighed + self.p.shape[0]
-        k = v = None
-        for i in range(len(steps) + summed):
-            if i >= summed:
-                head, tile = steps[i - summed]
-                if tile == tiles[0]:
-                    v = self._with_ones(values(head).T[-self._value_dim :])
-                self._sum_up(head, v, width, tile, i - summed)
-            if weighed <= i < len(steps) + weighed:
-                self._weigh(*steps[i - weighed], width, i - weighed)
-            if i < len(steps):
-                head, tile = steps[i]
-                if tile == tiles[0]:
-                    k = jnp.concatenate([keys(head)] * 2, axis=1) if self._splits else keys(head)
-                self._score(call, head, k, width, tile, masked, i)
+        count = len(steps) + summed
+        scores = call.num_kv_heads * columns * self.s.shape[1]
+        together = count if scores <= BLOCK_SCORES else max(BLOCK_SCORES // (width * tiles[0].size), 1)
+
+        def some(first):
+            k = v = None
+            for i in range(first, min(first + together, count)):
+                if i >= summed:
+                    head, tile = steps[i - summed]
+                    if v is None or tile == tiles[0]:
+                        v = self._with_ones(values(head).T[-self._value_dim :])
+                    self._sum_up(head, v, width, tile, i - summed)
+                if weighed <= i < len(steps) + weighed:
+                    self._weigh(*steps[i - weighed], width, i - weighed)
+                if i < len(steps):
+                    head, tile = steps[i]
+                    if k is None or tile == tiles[0]:
+                        k = jnp.concatenate([keys(head)] * 2, axis=1) if self._splits else keys(head)
+                    self._score(call, head, k, width, tile, masked, i)
+
+        for first in range(0, count, together):
+            some(first) if together == count else _in_a_basic_block(call, functools.partial(some, first))
 
     @staticmethod
     def _with_ones(values):
@@ -1516,8 +1531,8 @@ def ragged_paged_attention(
       d_block_sizes, p_block_sizes, m_block_sizes: (queries, KV tokens, …) a block, for decodes, for prefills and, where
         the former are not given, for mixed batches; the compute sizes that may follow are the kernel's own. KV tokens
         must be whole pages.
-      vmem_limit_bytes: VMEM that the compiler may use; 64 MiB if None. Block sizes that are not given are halved until
-        they fit.
+      vmem_limit_bytes: VMEM that the compiler may use; 96 MiB, or all that the chip has, if None. Block sizes that are
+        not given are halved until they fit.
       debug_mode: the chip checks the bounds of copies.
 
     Returns:
@@ -1575,10 +1590,10 @@ def ragged_paged_attention(
     moved_words = 0 if in_words else max(_odd(q_words), 2 * _odd(keys.shape[1] * keys.dtype.itemsize // 4))
     o_token = (out_words, heads // out_words, padded_dim) if in_words else (heads, padded_dim)
 
-    own_bq = Q_BLOCK_TOKENS
-    if _generation() >= 6 and 2 * own_bq * num_q_heads // num_kv_heads <= MAX_ROWS:
+    own_bq, group = Q_BLOCK_TOKENS, num_q_heads // num_kv_heads
+    if _generation() >= 6 and 2 * own_bq * group <= MAX_ROWS:
         own_bq *= 2
-    while own_bq * num_q_heads * padded_dim > MAX_VALUES and own_bq * num_q_heads // num_kv_heads > 2 * TILE_COLUMNS:
+    while _generation() < 6 and own_bq * num_q_heads * padded_dim > MAX_VALUES and own_bq * group > 2 * TILE_COLUMNS:
         own_bq //= 2
     own_bkv = _block_tokens(KV_BLOCK_PAGES, page_size)
     token_bytes = kv_rows * pack * padded_dim * kv_cache.dtype.itemsize
@@ -1633,11 +1648,11 @@ def ragged_paged_attention(
                 pltpu.SemaphoreType.DMA((2,)),
                 pltpu.SemaphoreType.DMA,
                 pltpu.SemaphoreType.DMA,
-                sums.shapes(bq, num_kv_heads, num_q_heads // num_kv_heads * bq, padded_dim, value_dim, bkv, q.dtype),
+                sums.shapes(bq, num_kv_heads, group * bq, padded_dim, value_dim, bkv, q.dtype),
             ),
         ]
 
-    vmem_limit_bytes = vmem_limit_bytes or 64 * 2**20
+    vmem_limit_bytes = vmem_limit_bytes or min(getattr(_chip(), "vmem_capacity_bytes", VMEM_BYTES), VMEM_BYTES)
     scratch_shapes = scratch(*_fitting(scratch, vmem_limit_bytes, own, given, page_size))
     sinks = ()
     if attention_sink is not None:
@@ -1723,12 +1738,16 @@ def _vmem_bytes(buffers):
     return total
 
 
-def _generation():
-    """That of the chip that is compiled for; 0 where that is no TPU."""
+def _chip():
+    """What is known of the chip that is compiled for; None where that is no TPU."""
     try:
-        return pltpu.get_tpu_info().generation
+        return pltpu.get_tpu_info()
     except ValueError:
-        return 0
+        return None
+
+
+def _generation():
+    return getattr(_chip(), "generation", 0)
 
 
 def _rounded(x, dtype):
