@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import types
 from typing import Any
 
 import jax
@@ -189,12 +190,12 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     return str(request.param)
 
 
-PROGRAMS: dict[tuple[Shape, int], Any] = {}
+PROGRAMS: dict[tuple[Shape, int, int], Any] = {}
 
 
 def run(shape: Shape, inputs: list[Any]) -> tuple[np.ndarray, np.ndarray]:
     """The kernel's output and cache, every pallas_call interpreted."""
-    program = shape, kernel._generation()
+    program = shape, kernel._generation(), kernel.BLOCK_SCORES
     if program not in PROGRAMS:
         jax_shims.patch_interpreter()
         avals = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in inputs]
@@ -424,25 +425,52 @@ def blocks_and_vmem_bytes(monkeypatch, shape, limit=None):
     return seen[0]
 
 
+COLUMNS_ALONE = pytest.mark.parametrize("form", ["columns"], indirect=True)
+CHIPS = {  # generation and VMEM
+    "v5e": (5, 128 << 20),
+    "v6e": (6, 128 << 20),
+    "tpu7x": (7, 64 << 20),
+}
+
+
+@COLUMNS_ALONE
 @pytest.mark.parametrize(
-    ("heads", "sizes"),
+    ("chip", "heads", "sizes"),
     [
-        ({"kv_heads": 8, "group": 4}, (2048, 512, 256)),
-        ({"kv_heads": 4, "group": 4, "head_dim": 256}, (2048, 1024, 256)),
-        ({"kv_heads": 32, "group": 1}, (256, 512, 256)),  # from here on, halved in turn from the decodes' on
-        ({"kv_heads": 4, "group": 16, "head_dim": 256}, (1024, 1024, 64)),
-        ({"kv_heads": 8, "group": 4, "dtype": F32}, (512, 512, 256)),
-        ({"kv_heads": 64, "group": 1, "dtype": F32}, (128, 128, 32)),
+        ("tpu7x", {"kv_heads": 8, "group": 4}, (2048, 512, 256)),
+        ("tpu7x", {"kv_heads": 4, "group": 4, "head_dim": 256}, (2048, 1024, 256)),
+        ("tpu7x", {"kv_heads": 32, "group": 1}, (256, 512, 256)),  # from here on, halved in turn from the decodes' on
+        ("tpu7x", {"kv_heads": 4, "group": 16, "head_dim": 256}, (1024, 512, 128)),
+        ("tpu7x", {"kv_heads": 8, "group": 4, "dtype": F32}, (512, 512, 256)),
+        ("tpu7x", {"kv_heads": 64, "group": 1, "dtype": F32}, (128, 128, 32)),
+        ("v6e", {"kv_heads": 8, "group": 12}, (512, 512, 128)),
+        ("v6e", {"kv_heads": 32, "group": 1, "dtype": F32}, (64, 512, 256)),
+        ("v5e", {"kv_heads": 8, "group": 8}, (512, 512, 128)),
+        ("v5e", {"kv_heads": 8, "group": 12}, (512, 512, 64)),
     ],
 )
-def test_blocks_are_what_vmem_has_room_for(heads, sizes, monkeypatch):
-    monkeypatch.setattr(kernel, "_generation", lambda: 7)
+def test_blocks_are_what_the_chip_has_room_for(chip, heads, sizes, monkeypatch):
+    generation, vmem_bytes = CHIPS[chip]
+    monkeypatch.setattr(kernel, "_generation", lambda: generation)
+    monkeypatch.setattr(kernel, "_chip", lambda: types.SimpleNamespace(vmem_capacity_bytes=vmem_bytes))
+    limit = min(vmem_bytes, 96 << 20) - kernel.COMPILERS_OWN_BYTES
     shape = Shape(tokens=2048, seqs=1, pages=1, pages_per_seq=256, kv_pages=None, **{"dtype": BF16} | heads)
     got, own, used = blocks_and_vmem_bytes(monkeypatch, shape)
-    assert got == sizes and used <= (64 << 20) - kernel.COMPILERS_OWN_BYTES
+    assert got == sizes and used <= limit
     if got != own:  # and no smaller than need be
         *_, more = blocks_and_vmem_bytes(monkeypatch, shape, limit=1 << 40)
-        assert more > (64 << 20) - kernel.COMPILERS_OWN_BYTES
+        assert more > limit
+
+
+@COLUMNS_ALONE
+def test_basic_blocks_end_anywhere(monkeypatch):
+    """Even between the two tiles of a head."""
+    shape = Shape(kv_heads=2, group=4, tokens=140, seqs=3, pages=40, pages_per_seq=12, q_block=128, kv_pages=4)
+    cuts = []
+    monkeypatch.setattr(kernel, "_in_a_basic_block", lambda call, do: (cuts.append(do), do()))
+    monkeypatch.setattr(kernel, "BLOCK_SCORES", 3 * 64 * kernel.TILE_COLUMNS)
+    check(shape, [1, 128, 11], [100, 190, 11])
+    assert cuts
 
 
 def test_blocks_that_are_given_stay(monkeypatch):
