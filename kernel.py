@@ -1600,8 +1600,9 @@ def ragged_paged_attention(
     value_dim = head_dim if merged_kv else padded_dim
     beside = _words_beside(kv_rows) if merged_kv else 0
     keys_per_token, key_dim = kv_rows * pack // (beside or 2), max(beside * LANES // 2, padded_dim)
-    # Wide sums are scaled half as often in blocks twice as long; beside an option's own needs, TPU7x lacks the VMEM.
-    is_plain = sliding_window is None and soft_cap is None and attention_sink is None
+    # Wide sums are scaled half as often in blocks twice as long; beside an option's own needs, TPU7x lacks the VMEM,
+    # and its compiler the time where 8-bit keys and values are unpacked: 379 s instead of 147.
+    is_plain = sliding_window is None and soft_cap is None and attention_sink is None and kv_cache.dtype.itemsize > 1
     is_long = _generation() == 6 or (_generation() >= 7 and is_plain)
     if is_long and tiles > 1 and own_bkv * token_bytes <= 2 * 2**20:
         own_bkv *= 2
