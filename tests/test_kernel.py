@@ -439,6 +439,7 @@ CHIPS = {  # generation and VMEM
     [
         ("tpu7x", {"kv_heads": 8, "group": 4}, (2048, 512, 256)),
         ("tpu7x", {"kv_heads": 4, "group": 4, "head_dim": 256}, (2048, 1024, 256)),
+        ("tpu7x", {"kv_heads": 4, "group": 4, "head_dim": 256, "cache_dtype": E5M2}, (4096, 512, 256)),
         ("tpu7x", {"kv_heads": 32, "group": 1}, (256, 512, 256)),  # from here on, halved in turn from the decodes' on
         ("tpu7x", {"kv_heads": 4, "group": 16, "head_dim": 256}, (1024, 512, 128)),
         ("tpu7x", {"kv_heads": 8, "group": 4, "dtype": F32}, (512, 512, 256)),
