@@ -29,7 +29,7 @@ PROBLEM_DESCRIPTION = (
 )
 
 # Tunables: module-level constants that a search may rewrite, each to one of the values listed.
-Q_BLOCK_TOKENS = 128  # new tokens of one sequence in a query block; doubled from v6e on up to MAX_ROWS
+Q_BLOCK_TOKENS = 128  # new tokens of one sequence in a query block; doubled from v6e on up to MAX_ROWS, BLOCK_SCORES
 KV_BLOCK_PAGES = 16  # pages of 32 tokens, or as many tokens, in a prefill's KV block; from v6e on twice that if D > 128
 DECODE_BLOCK_PAGES = 16  # the same of a decode with 4 KiB a token, else as many bytes; see _decode_block_tokens
 MAX_ROWS = 1024  # queries of a KV head that a query block of twice as many tokens may have
@@ -127,8 +127,8 @@ def _lane_tiles(width):
 def _interleave(call, k, v, num_tokens, words):
     """New keys and values in the cache's layout: `words` ``u32[D / 128, n * odd, 128]``.
 
-    `k`, `v`: ``u32[n * …, 128]`` for each tile of lanes, tokens' words one after the other; if they are merged, `k` has
-    the cache's words already.
+    `k`, `v`: ``u32[n * …, 128]`` for each tile of lanes, tokens' words one after the other; `k` may have the cache's
+    words already.
     """
     rows, itemsize = call.cache_hbm.shape[2], call.cache_hbm.dtype.itemsize
     for tile, both in enumerate(zip(k, v, strict=True)):
@@ -140,7 +140,7 @@ def _interleave(call, k, v, num_tokens, words):
         def store(row, value, tile=tile):
             words.at[tile][pl.ds(row, num_tokens, stride=words.shape[1] // num_tokens), :] = value
 
-        if call.merged_kv:
+        if call.joined:
             for row in range(rows):
                 store(row, of(0, row))
             continue
@@ -260,7 +260,7 @@ class _Call:
     cu_q_lens: Any  # i32[S + 1]
     distribution: Any  # i32[3]: decode_end, prefill_end, total
     q_hbm: Any  # [T, Hq / pack, pack, D], pack heads filling 32 bits, where they lie so: D = 128; else [T, Hq, D]
-    k_hbm: Any  # [T, Hkv, D], Hkv even where two of them share a word; with the values in it if merged_kv
+    k_hbm: Any  # [T, Hkv, D], Hkv even where two of them share a word; with the values in it if joined
     v_hbm: Any  # [T, Hkv, D]
     o_hbm: Any  # as q_hbm
     cache_hbm: Any  # [P, page_size, 2 * Hkv / pack, pack, D]; Hkv / pack if merged_kv
@@ -269,6 +269,7 @@ class _Call:
     num_q_heads: int  # those of the model; q_hbm and o_hbm may hold some more, to fill words and tiles
     num_kv_heads: int
     merged_kv: bool  # a head's keys and values are one row: queries are zero where it has values
+    joined: bool  # k_hbm has new keys and values as the cache has them
 
     def scores(self, products, scaled=False):
         """Scores of q · k whose powers of two are weights; `scaled`: q had the scale in it already."""
@@ -293,7 +294,7 @@ class _Call:
         """``(HBM, its target)`` of the new tokens' keys and values; none where the cache has them already."""
         if not self.options.causal:
             return ()
-        return ((self.k_hbm, k),) if self.merged_kv else ((self.k_hbm, k), (self.v_hbm, v))
+        return ((self.k_hbm, k),) if self.joined else ((self.k_hbm, k), (self.v_hbm, v))
 
     @property
     def group(self):
@@ -1125,11 +1126,19 @@ def _prefill_keys(call, b, slot, width, masked):
     `masked`: (first_row, fetched) where a query may not see all of them.
     """
 
-    def of(is_value, head):
-        x = _row_of_tokens(b.kv.at[slot], call.row_of(head, is_value), width)
-        return x if masked is None else jnp.where(_between(x.shape, 0, *masked[1]), x, jnp.zeros_like(x))
+    def of(is_value, head, start, count):
+        x = _row_of_tokens(b.kv.at[slot, pl.ds(start, count)], call.row_of(head, is_value), count)
+        if masked is None:
+            return x
+        fetched = (None if token is None else token - start for token in masked[1])
+        return jnp.where(_between(x.shape, 0, *fetched), x, jnp.zeros_like(x))
 
     b.sums.add(call, functools.partial(of, 0), functools.partial(of, 1), width, masked)
+
+
+def _segments(width, longest):
+    """A KV block's first `width` keys, so many at a time: ``(first, count)``."""
+    return [(start, min(longest, width - start)) for start in range(0, width, longest)]
 
 
 def _visible(call, query, key, first_row, fetched):
@@ -1157,17 +1166,17 @@ class _Rows:
     m: Any  # f32[Hkv, g * bq, 128]: running maximum of the scores, the same in every lane
     l: Any  # f32[Hkv, g * bq, 128]: running sum of 2 ** (score - m), a row over its lanes
     acc: Any  # f32[Hkv, g * bq, D]: running numerator
-    s0: Any  # f32[g * bq, bkv]: scores of a head
-    s1: Any  # f32[g * bq, bkv]: scores of the next
-    p0: Any  # [g * bq, bkv]: the weights of the same two heads
-    p1: Any  # [g * bq, bkv]
+    s0: Any  # f32[g * bq, segment]: scores of a head
+    s1: Any  # f32[g * bq, segment]: scores of the next head or segment
+    p0: Any  # [g * bq, segment]: the weights of the same two
+    p1: Any  # [g * bq, segment]
 
     @staticmethod
-    def shapes(bq, num_kv_heads, rows, head_dim, value_dim, bkv, dtype):
-        del bq, value_dim
+    def shapes(bq, num_kv_heads, rows, head_dim, value_dim, bkv, segment, dtype):
+        del bq, value_dim, bkv
         f32 = functools.partial(pltpu.VMEM, dtype=jnp.float32)
         sums = f32((num_kv_heads, rows, LANES)), f32((num_kv_heads, rows, LANES)), f32((num_kv_heads, rows, head_dim))
-        scores, weights = f32((rows, bkv)), pltpu.VMEM((rows, bkv), dtype)
+        scores, weights = f32((rows, segment)), pltpu.VMEM((rows, segment), dtype)
         return pltpu.VMEM((num_kv_heads, rows, head_dim), dtype), *sums, scores, scores, weights, weights
 
     def take(self, call, head, rows):
@@ -1189,19 +1198,20 @@ class _Rows:
 
     def add(self, call, keys, values, width, masked):
         buffers = ((self.s0, self.p0), (self.s1, self.p1))
-        self._score(0, keys, width, self.s0)
-        for head in range(call.num_kv_heads):
-            if head + 1 < call.num_kv_heads:
-                self._score(head + 1, keys, width, buffers[(head + 1) % 2][0])
-            self._weigh(call, head, values, width, *buffers[head % 2], masked)
+        steps = [(head, *of) for head in range(call.num_kv_heads) for of in _segments(width, self.s0.shape[1])]
+        self._score(*steps[0], keys, self.s0)
+        for i, step in enumerate(steps):
+            if i + 1 < len(steps):
+                self._score(*steps[i + 1], keys, buffers[(i + 1) % 2][0])
+            self._weigh(call, *step, values, *buffers[i % 2], masked)
 
-    def _score(self, head, keys, width, scores):
-        k = keys(head)
+    def _score(self, head, start, width, keys, scores):
+        k = keys(head, start, width)
         scores[:, :width] = jax.lax.dot_general(
             self.q[head], k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
         )
 
-    def _weigh(self, call, head, values, width, scores, weights, masked):
+    def _weigh(self, call, head, start, width, values, scores, weights, masked):
         """One head's scores to weights, SOFTMAX_ROWS rows at a time so that what is live fits registers, to sums."""
         num_rows = scores.shape[0]
         for row in range(0, num_rows, SOFTMAX_ROWS):
@@ -1209,7 +1219,7 @@ class _Rows:
             s = call.scores(scores[rows, :width])
             if masked is not None:
                 query = jax.lax.rem(row + jax.lax.broadcasted_iota(jnp.int32, s.shape, 0), self.bq)
-                key = jax.lax.broadcasted_iota(jnp.int32, s.shape, 1)
+                key = start + jax.lax.broadcasted_iota(jnp.int32, s.shape, 1)
                 s = jnp.where(_visible(call, query, key, *masked), s, call.options.mask_value)
             m_old = self.m[head, rows]
             m_new = jnp.maximum(m_old, jnp.max(s, axis=1, keepdims=True))
@@ -1219,7 +1229,8 @@ class _Rows:
             self.m[head, rows] = m_new
             self.l[head, rows] = alpha * self.l[head, rows] + _lane_sums(p)
             self.acc[head, rows] = _lanes(alpha, self.acc.shape[2]) * self.acc[head, rows]
-        self.acc[head] += jnp.dot(weights[:, :width], values(head), preferred_element_type=jnp.float32)
+        v = values(head, start, width)
+        self.acc[head] += jnp.dot(weights[:, :width], v, preferred_element_type=jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1237,15 +1248,15 @@ class _Columns:
     q: Any  # [Hkv, columns, D or 2 * D]: the item's queries by KV head, scaled and as a sum of two where 2 * D
     m: Any  # f32[Hkv, 1, columns]: running maximum of the scores
     acc: Any  # f32[Hkv, Dv + 8, columns]: running numerator; in each of 8 more rows, the sum of 2 ** (score - m)
-    s: Any  # f32[…, bkv, 256]: scores of a tile
+    s: Any  # f32[…, segment, 256]: scores of a tile
     top: Any  # f32[…, 256]: maximum of what was seen and them
-    p: Any  # […, bkv, 256]: weights of a tile
+    p: Any  # […, segment, 256]: weights of a tile
     alpha: Any  # f32[…, 256]: factor of its numerator
     bias: Any  # f32[bkv, …]: what leaves an invisible key no weight; for some columns, which the others repeat
     out: Any  # f32[2, columns, D]: the output of two KV heads
 
     @staticmethod
-    def shapes(bq, num_kv_heads, rows, head_dim, value_dim, bkv, dtype):
+    def shapes(bq, num_kv_heads, rows, head_dim, value_dim, bkv, segment, dtype):
         f32 = functools.partial(pltpu.VMEM, dtype=jnp.float32)
         columns = _align(rows, LANES)
         depth = head_dim * (2 if head_dim == LANES and dtype == jnp.bfloat16 else 1)
@@ -1257,8 +1268,8 @@ class _Columns:
         return (
             pltpu.VMEM((num_kv_heads, columns, depth), dtype),
             *(f32((num_kv_heads, 1, columns)), f32((num_kv_heads, value_dim + 8, columns))),
-            *(f32((scores, bkv, tile)), f32((scores, tile))),
-            *(pltpu.VMEM((weights, bkv, tile), dtype), f32((weights, tile))),
+            *(f32((scores, segment, tile)), f32((scores, tile))),
+            *(pltpu.VMEM((weights, segment, tile), dtype), f32((weights, tile))),
             f32((bkv, columns if bq % TILE_COLUMNS and TILE_COLUMNS % bq else min(max(bq, TILE_COLUMNS), columns))),
             f32((2, columns, head_dim)),
         )
@@ -1316,28 +1327,31 @@ class _Columns:
             key, column = (jax.lax.broadcasted_iota(jnp.int32, bias.shape, axis) for axis in (0, 1))
             visible = _visible(call, jax.lax.rem(column, self.bq), key, *masked)
             bias[...] = jnp.where(visible, 0.0, call.options.mask_value)
-        steps = [(head, tile) for head in range(call.num_kv_heads) for tile in tiles]
+        segments = _segments(width, self.s.shape[1])
+        steps = [(head, *of, tile) for head in range(call.num_kv_heads) for of in segments for tile in tiles]
         weighed = len(tiles)  # so many steps behind the scores
         summed = weighed + self.p.shape[0]
         count = len(steps) + summed
-        scores = call.num_kv_heads * columns * self.s.shape[1]
-        together = count if scores <= BLOCK_SCORES else max(BLOCK_SCORES // (width * tiles[0].size), 1)
+        scores = call.num_kv_heads * columns * self.bias.shape[0]
+        together = count if scores <= BLOCK_SCORES else max(BLOCK_SCORES // (segments[0][1] * tiles[0].size), 1)
 
         def some(first):
             k = v = None
             for i in range(first, min(first + together, count)):
                 if i >= summed:
-                    head, tile = steps[i - summed]
+                    head, start, width, tile = steps[i - summed]
                     if v is None or tile == tiles[0]:
-                        v = self._with_ones(values(head).T[-self._value_dim :])
+                        v = self._with_ones(values(head, start, width).T[-self._value_dim :])
                     self._sum_up(head, v, width, tile, i - summed)
                 if weighed <= i < len(steps) + weighed:
-                    self._weigh(*steps[i - weighed], width, i - weighed)
+                    head, _, width, tile = steps[i - weighed]
+                    self._weigh(head, tile, width, i - weighed)
                 if i < len(steps):
-                    head, tile = steps[i]
+                    head, start, width, tile = steps[i]
                     if k is None or tile == tiles[0]:
-                        k = jnp.concatenate([keys(head)] * 2, axis=1) if self._splits else keys(head)
-                    self._score(call, head, k, width, tile, masked, i)
+                        k = keys(head, start, width)
+                        k = jnp.concatenate([k] * 2, axis=1) if self._splits else k
+                    self._score(call, head, k, start, width, tile, masked, i)
 
         for first in range(0, count, together):
             some(first) if together == count else _in_a_basic_block(call, functools.partial(some, first))
@@ -1347,13 +1361,13 @@ class _Columns:
         """Rows of ones below ``[Dv, width]``, so that the MXU also sums the weights."""
         return jnp.concatenate([values, jnp.ones((8, values.shape[1]), values.dtype)], axis=0)
 
-    def _score(self, call, head, keys, width, tile, masked, step):
+    def _score(self, call, head, keys, start, width, tile, masked, step):
         products = jax.lax.dot_general(
             keys, self.q[head, tile], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
         )
         s = call.scores(products, self._splits)
         if masked is not None:
-            s += self.bias[:width, pl.ds(tile.start % self.bias.shape[1], tile.size)]
+            s += self.bias[pl.ds(start, width), pl.ds(tile.start % self.bias.shape[1], tile.size)]
         at = step % self.s.shape[0]
         self.s[at, :width, : tile.size] = s
         self.top[pl.ds(at, 1), : tile.size] = jnp.maximum(self.m[head, :, tile], jnp.max(s, axis=0, keepdims=True))
@@ -1425,6 +1439,7 @@ def _rpa_kernel(
     num_q_heads,
     num_kv_heads,
     merged_kv,
+    joined,
     sums,
 ):
     *sink, o_hbm, cache_hbm, decode_scratch, prefill_scratch = others
@@ -1443,6 +1458,7 @@ def _rpa_kernel(
         num_q_heads,
         num_kv_heads,
         merged_kv,
+        joined,
     )
     d = _Decode(*decode_scratch)
     *buffers, of_sums = prefill_scratch
@@ -1580,7 +1596,12 @@ def ragged_paged_attention(
         return jnp.pad(array, ((0, 0), heads, (0, padded_dim - array.shape[2])))
 
     q = padded(queries.astype(compute_dtype))
-    keys, values = padded(keys), padded(values)
+    joined = merged_kv or (num_kv_heads == 1 and pack > 1 and padded_dim == LANES)  # two copies and pads less by XLA
+    if joined and not merged_kv:
+        lanes = (0, 0), (0, 0), (0, padded_dim - head_dim)
+        keys = values = jnp.pad(_one_heads_words(keys, values), lanes)
+    else:
+        keys, values = padded(keys), padded(values)
     heads, tiles = q.shape[1], padded_dim // LANES
     q_words, out_words = (heads * dtype.itemsize // 4 for dtype in (q.dtype, out_dtype))
     in_words = tiles == 1
@@ -1590,13 +1611,8 @@ def ragged_paged_attention(
     moved_words = 0 if in_words else max(_odd(q_words), 2 * _odd(keys.shape[1] * keys.dtype.itemsize // 4))
     o_token = (out_words, heads // out_words, padded_dim) if in_words else (heads, padded_dim)
 
-    own_bq, group = Q_BLOCK_TOKENS, num_q_heads // num_kv_heads
-    if _generation() >= 6 and 2 * own_bq * group <= MAX_ROWS:
-        own_bq *= 2
-    while _generation() < 6 and own_bq * num_q_heads * padded_dim > MAX_VALUES and own_bq * group > 2 * TILE_COLUMNS:
-        own_bq //= 2
-    own_bkv = _block_tokens(KV_BLOCK_PAGES, page_size)
     token_bytes = kv_rows * pack * padded_dim * kv_cache.dtype.itemsize
+    own_bkv = _block_tokens(KV_BLOCK_PAGES, page_size)
     value_dim = head_dim if merged_kv else padded_dim
     beside = _words_beside(kv_rows) if merged_kv else 0
     keys_per_token, key_dim = kv_rows * pack // (beside or 2), max(beside * LANES // 2, padded_dim)
@@ -1606,9 +1622,17 @@ def ragged_paged_attention(
     is_long = _generation() == 6 or (_generation() >= 7 and is_plain)
     if is_long and tiles > 1 and own_bkv * token_bytes <= 2 * 2**20:
         own_bkv *= 2
+    own_bq, group = Q_BLOCK_TOKENS, num_q_heads // num_kv_heads
+    fills_block = 2 * own_bq * num_q_heads * own_bkv <= BLOCK_SCORES
+    if _generation() >= 6 and (2 * own_bq * group <= MAX_ROWS or fills_block):
+        own_bq *= 2
+    while _generation() < 6 and own_bq * num_q_heads * padded_dim > MAX_VALUES and own_bq * group > 2 * TILE_COLUMNS:
+        own_bq //= 2
+    given_bq, given_bkv = (p_block_sizes or m_block_sizes or (None, None))[:2]
+    segment = own_bkv if given_bkv is None else given_bkv
+    own_bkv *= _num_segments(num_kv_heads, own_bq * num_q_heads * own_bkv)
     longest = page_indices.shape[0] // kv_lens.shape[0] * page_size
     own = min(_decode_block_tokens(token_bytes, page_size), longest), own_bkv, min(own_bq, num_tokens)
-    given_bq, given_bkv = (p_block_sizes or m_block_sizes or (None, None))[:2]
     given = (d_block_sizes or (1, None))[1], given_bkv, given_bq and min(given_bq, num_tokens)
     sums = _Columns if _generation() >= 6 else _Rows
 
@@ -1619,8 +1643,8 @@ def ragged_paged_attention(
         return [
             (
                 pltpu.VMEM((DECODE_BUFFERS, 1, *q.shape[1:]), q.dtype),
-                pltpu.VMEM((DECODE_BUFFERS, tiles, 1, keys.shape[1], LANES), kv_cache.dtype),
-                pltpu.VMEM((DECODE_BUFFERS, tiles, 1, keys.shape[1], LANES), kv_cache.dtype),
+                pltpu.VMEM((DECODE_BUFFERS, tiles, 1, keys.shape[1], LANES), keys.dtype),
+                pltpu.VMEM((DECODE_BUFFERS, tiles, 1, keys.shape[1], LANES), keys.dtype),
                 pltpu.VMEM((DECODE_BUFFERS, decode_bkv, kv_rows, pack, padded_dim), kv_cache.dtype),
                 pltpu.VMEM((heads, key_dim), q.dtype),
                 pltpu.VMEM((2, tiles, _odd(kv_rows), LANES), jnp.uint32),
@@ -1638,8 +1662,8 @@ def ragged_paged_attention(
             ),
             (
                 pltpu.VMEM((2, bq, *q_token), q.dtype),
-                pltpu.VMEM((2, bq, *keys.shape[1:]), kv_cache.dtype),
-                pltpu.VMEM((2, bq, *keys.shape[1:]), kv_cache.dtype),
+                pltpu.VMEM((2, bq, *keys.shape[1:]), keys.dtype),
+                pltpu.VMEM((2, bq, *keys.shape[1:]), keys.dtype),
                 pltpu.VMEM((tiles, bq * _odd(kv_rows), LANES), jnp.uint32),
                 pltpu.VMEM((tiles, max(bq * moved_words, 8), LANES), jnp.uint32),
                 pltpu.VMEM((tiles, bq * _odd(out_words), LANES), jnp.uint32),
@@ -1649,7 +1673,7 @@ def ragged_paged_attention(
                 pltpu.SemaphoreType.DMA((2,)),
                 pltpu.SemaphoreType.DMA,
                 pltpu.SemaphoreType.DMA,
-                sums.shapes(bq, num_kv_heads, group * bq, padded_dim, value_dim, bkv, q.dtype),
+                sums.shapes(bq, num_kv_heads, group * bq, padded_dim, value_dim, bkv, min(segment, bkv), q.dtype),
             ),
         ]
 
@@ -1667,6 +1691,7 @@ def ragged_paged_attention(
             num_q_heads=num_q_heads,
             num_kv_heads=num_kv_heads,
             merged_kv=merged_kv,
+            joined=joined,
             sums=sums,
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -1696,6 +1721,17 @@ def ragged_paged_attention(
 def _block_tokens(pages_of_32, page_size):
     """Tokens of a KV block of so many pages of 32 tokens, in whole pages of the size at hand."""
     return max(pages_of_32 * 32 // page_size, 1) * page_size
+
+
+def _num_segments(num_kv_heads, scores):
+    """Of how many segments, each with so many `scores`, a prefill's KV block is: two or more where KV heads are few.
+
+    They are in work together as heads are: one segment's scores are computed while another's are weighed.
+    """
+    count, in_work = 1, 8 if _generation() >= 6 else 2
+    while 2 * count * num_kv_heads <= in_work and 2 * count * scores <= BLOCK_SCORES // (1 if count == 1 else 2):
+        count *= 2
+    return count
 
 
 def _decode_block_tokens(token_bytes, page_size):
@@ -1749,6 +1785,13 @@ def _chip():
 
 def _generation():
     return getattr(_chip(), "generation", 0)
+
+
+def _one_heads_words(keys, values):
+    """New tokens of one KV head ``[T, 1, D]`` as the cache has them: ``u32[T, 1, D]``, keys in the low bits."""
+    bits = 8 * keys.dtype.itemsize
+    low, high = (jax.lax.bitcast_convert_type(x, f"uint{bits}").astype(jnp.uint32) for x in (keys, values))
+    return low | high << bits
 
 
 def _rounded(x, dtype):
