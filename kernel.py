@@ -6,7 +6,8 @@ shared KV cache (``page_indices``). The kernel writes the new keys and values in
 causally to everything that the sequence has cached, or to a window of it.
 
 Decodes are a stream of KV blocks, fetched ahead across sequences, whose keys meet the queries in the order in which
-they lie in memory. Prefills go a block of queries at a time, with two or three KV heads in work at once; scores lie in
+they lie in memory; one part of a block is scored while the one before it, perhaps of another sequence, is weighed.
+Prefills go a block of queries at a time, with two or three KV heads in work at once; scores lie in
 rows or stand in columns, as the chip's MXU is wide. Decodes wait for HBM and prefills for the MXU, so blocks of both
 take turns while there are both.
 """
@@ -14,7 +15,7 @@ take turns while there are both.
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,11 +42,12 @@ CHUNK_WORDS = 512  # 32-bit words of a KV block whose keys meet a decode's queri
 WORDS_BESIDE = 4  # words of a decode's token whose heads meet the queries at once, where keys and values are merged
 PAGES_TOGETHER = 4  # pages whose copies one turn of a loop starts
 PIECE_TOKENS = 8  # a decode's last page is fetched in whole pieces of so many tokens
-PART_WORDS = 8192  # 128-lane words of a decode's last KV block at a time: fewer take as long, more may be in vain
+PART_WORDS = 8192  # 128-lane words of a decode's KV block at a time: fewer take as long, more may be in vain
 DECODES_BESIDE = 2  # KV blocks of decodes that go with one of a prefill
 VMEM_BYTES = 96 * 2**20  # that the kernel may have if nothing is said and the chip has as much
 COMPILERS_OWN_BYTES = 3 * 2**18  # of VMEM, beside the kernel's buffers: registers that it spills, sinks
-DECODE_BUFFERS = 3  # KV blocks of decodes in VMEM: one in work, the others on their way
+DECODE_BUFFERS = 4  # KV blocks of decodes in VMEM: two in work, the others on their way
+DECODE_RESULTS = 4  # decodes whose output and new token are on their way
 
 TUNABLES = {
     "Q_BLOCK_TOKENS": (1, 2, 4, 8, 16, 32, 64, 128, 256),
@@ -288,7 +290,7 @@ class _Call:
 
     @property
     def words_beside(self):
-        return _words_beside(self.cache_hbm.shape[2]) if self.merged_kv else 0
+        return _words_beside(self.cache_hbm.shape, self.merged_kv)
 
     def new_to(self, k, v):
         """``(HBM, its target)`` of the new tokens' keys and values; none where the cache has them already."""
@@ -400,16 +402,17 @@ class _Decode:
     k_ring: Any  # [buffers, D / 128, 1, Hkv, 128]: the new token's keys, the same
     v_ring: Any  # [buffers, D / 128, 1, Hkv, 128]
     kv_ring: Any  # [buffers, bkv, 2 * Hkv / pack, pack, D]
-    q: Any  # [Hq, D]: the sequence in work; if merged_kv, D is that of _beside
-    new: Any  # u32[2, D / 128, odd, 128]: the new token's keys and values on their way to the cache
-    o: Any  # on its way out: [2, 1, Hq, D], or u32[2, 1, odd, 128]
-    m: Any  # f32[Hq, 128]: running maximum of the scores, the same in every lane
+    q: Any  # [Hq, D]: the sequence in work; D here and in acc as _beside has it
+    new: Any  # u32[results, D / 128, odd, 128]: the new token's keys and values on their way to the cache
+    o: Any  # on its way out: [results, 1, Hq, D], or u32[results, 1, odd, 128]
+    m: Any  # f32[Hq, 128]: running maximum of the scores before the part in `s`, the same in every lane
+    top: Any  # f32[Hq, 128]: that of the part in `s`, a row's over its lanes
     l: Any  # f32[Hq, 128]: running sum of 2 ** (score - m), a row over its lanes
     acc: Any  # f32[Hq, D]: running numerator
-    s: Any  # f32[Hq, bkv * Hkv]: scores of all keys of a block
-    bias: Any  # f32[Hq, bkv * Hkv]: see _tell_heads_apart
+    s: Any  # f32[Hq, part * Hkv]: scores of all keys of a part
+    bias: Any  # f32[Hq, part * Hkv]: see _tell_heads_apart
     ring_sems: Any  # DMA[buffers]
-    out_sems: Any  # DMA[2]
+    out_sems: Any  # DMA[results]
     v: Any = None  # u32[beside / 2, …, 128]: where merged rows are beside each other, see _keys_and_value_words
 
     @property
@@ -419,6 +422,33 @@ class _Decode:
     @property
     def bkv(self):
         return self.kv_ring.shape[1]
+
+    @property
+    def part_tokens(self):
+        return _part_tokens(self.bkv, self.kv_ring.shape[2] * self.kv_ring.shape[4] // LANES)
+
+    def keys_and_values(self, part):
+        return self.kv_ring.at[part.slot, pl.ds(part.number * self.part_tokens, self.part_tokens)]
+
+
+class _Part(NamedTuple):
+    """A part of a decode's KV block, whose tokens from `start` to before `end` are seen; integers all."""
+
+    slot: Any = 0
+    number: Any = 0
+    start: Any = 0
+    end: Any = 0
+    begins: Any = 0  # 1: its sequence
+    ends: Any = 0
+
+
+NO_PART = _Part()
+
+
+def _part_tokens(bkv, token_words):
+    """Tokens of a decode's KV block that are in work at once; all of them where PART_WORDS does not divide it."""
+    part = PART_WORDS // token_words
+    return part if part * token_words == PART_WORDS and bkv % part == 0 else bkv
 
 
 def _decode_first_seen(call, seq):
@@ -466,31 +496,38 @@ def _fetch_decode_block(call, d, ahead):
     return after, jnp.where(last, first, block + 1), jax.lax.rem(slot + 1, d.buffers)
 
 
-def _for_decode_results(call, d, seq, parity, do):
-    out = next(_tiles_as(d.o.at[parity], call.o_hbm))[1] if call.in_words else d.o.at[parity]
-    do(pltpu.make_async_copy(out, call.o_hbm.at[pl.ds(call.cu_q_lens[seq], 1)], d.out_sems.at[parity]))
+def _for_decode_results(call, d, seq, number, do):
+    """`do(copy)` of the output and the new token of the decode of that `number`; to wait, any `seq` is as good."""
+    at = jax.lax.rem(number, d.out_sems.shape[0])
+    out = next(_tiles_as(d.o.at[at], call.o_hbm))[1] if call.in_words else d.o.at[at]
+    do(pltpu.make_async_copy(out, call.o_hbm.at[pl.ds(call.cu_q_lens[seq], 1)], d.out_sems.at[at]))
     if not call.options.causal:
         return
     slots = call.slots(seq, call.kv_lens[seq] - 1, 1)
-    for lanes, tokens in _tiles_as(d.new.at[parity], call.cache_hbm):
-        do(pltpu.make_async_copy(tokens, slots.at[:, :, :, lanes], d.out_sems.at[parity]))
+    for lanes, tokens in _tiles_as(d.new.at[at], call.cache_hbm):
+        do(pltpu.make_async_copy(tokens, slots.at[:, :, :, lanes], d.out_sems.at[at]))
 
 
 def _begin_decodes(call, d):
     """The state before the first block of the first decode; the first fetches are on their way."""
     first, zero = _next_decode(call, jnp.int32(0)), jnp.int32(0)
     ahead = (first, jnp.int32(_first_decode_block(call, d, first)), zero)
-    state = (*ahead, ahead, zero, zero, zero)
+    state = (*ahead, ahead, jax.tree.map(jnp.int32, NO_PART), zero, zero)
     for _ in range(d.buffers - 1):
         ahead = _fetch_decode_block(call, d, ahead)
     _tell_heads_apart(call, d)
+    d.s[...] = jnp.full_like(d.s, DEFAULT_MASK_VALUE)  # of no part, which the first one finds before it
+    for of_none in (d.m, d.top, *(() if d.v is None else (d.v,))):
+        of_none[...] = jnp.zeros_like(of_none)
+    _reset_sums(call, d)
     return (*state[:3], ahead, *state[4:])
 
 
 def _decode_some_blocks(call, d, state):
     """DECODES_BESIDE KV blocks of decodes, if as many are left; the state after them.
 
-    `state`: (sequence, block, slot, the block to be fetched next, decodes done, the last of them, the one before it).
+    `state`: (sequence, block, slot, the block to be fetched next, the part to be weighed next, how many decodes have their
+    scores, the last of them).
     """
 
     def is_left(state):
@@ -503,65 +540,93 @@ def _decode_some_blocks(call, d, state):
 
 
 def _decode_one_block(call, d, state):
-    seq, block, slot, ahead, count, before, before_that = state
-    parity = jax.lax.rem(count, 2)
+    seq, block, slot, ahead, pending, count, before = state
+    results = d.out_sems.shape[0]
     first_seen = _decode_first_seen(call, seq)
     first, last = first_seen // d.bkv, pl.cdiv(call.kv_lens[seq], d.bkv) - 1
 
-    @pl.when(jnp.logical_and(block == first, count >= 2))
+    @pl.when(jnp.logical_and(block == first, count >= results))
     def _():
-        _for_decode_results(call, d, before_that, parity, _wait)
+        _for_decode_results(call, d, seq, count, _wait)
 
-    ahead = _fetch_decode_block(call, d, ahead)
     _for_decode_block(call, d, seq, block, slot, _wait)
-    pl.when(block == first)(lambda: _begin_decode(call, d, slot, parity))
-    seen = None if call.options.sliding_window is None else first_seen - block * d.bkv
-    whole = block < last if seen is None else jnp.logical_and(block < last, seen <= 0)
-    pl.when(whole)(lambda: _decode_block(call, d, d.kv_ring.at[slot], None))
+    pl.when(block == first)(lambda: _begin_decode(call, d, slot, jax.lax.rem(count, results)))
+    start = jnp.int32(0) if call.options.sliding_window is None else jnp.maximum(first_seen - block * d.bkv, 0)
+    tokens = call.kv_lens[seq] - block * d.bkv
+    if call.options.causal:
 
-    @pl.when(block == last if seen is None else jnp.logical_not(whole))
-    def _():
-        tokens = call.kv_lens[seq] - block * d.bkv
-        if call.options.causal:
+        @pl.when(block == last)
+        def _():
+            for lanes, new in _tiles_as(d.new.at[jax.lax.rem(count, results)], call.cache_hbm):
+                d.kv_ring[slot, tokens - 1, :, :, lanes] = new[0]
 
-            def patch():
-                for lanes, new in _tiles_as(d.new.at[parity], call.cache_hbm):
-                    d.kv_ring[slot, tokens - 1, :, :, lanes] = new[0]
+    parts = pl.cdiv(jnp.minimum(tokens, d.bkv), d.part_tokens)
 
-            patch() if seen is None else pl.when(block == last)(patch)
-        _decode_parts(call, d, d.kv_ring.at[slot], seen, tokens)
+    def step(part, pending):
+        begins = jnp.logical_and(block == first, part == start // d.part_tokens).astype(jnp.int32)
+        ends = jnp.logical_and(block == last, part == parts - 1).astype(jnp.int32)
+        offset = part * d.part_tokens
+        current = _Part(slot, part, start - offset, tokens - offset, begins, ends)
+        return _decode_part(call, d, current, pending, before, count - 1)
 
-    @pl.when(block == last)
-    def _():
-        out = _output(call, _own(call, d.acc[...]), jnp.sum(d.l[...], axis=1, keepdims=True)).astype(call.o_hbm.dtype)
-        out = pltpu.bitcast(out, jnp.uint32) if call.in_words else out
-        d.o[parity, 0, : out.shape[0]] = out
-        _for_decode_results(call, d, seq, parity, _start)
-
+    pending = jax.lax.fori_loop(start // d.part_tokens, parts, step, pending)
+    ahead = _fetch_decode_block(call, d, ahead)
     done = block == last
     after = _next_decode(call, jnp.where(done, seq + 1, seq))
     block = jnp.where(done, _first_decode_block(call, d, after), block + 1)
-    counted = count + done.astype(jnp.int32), jnp.where(done, seq, before), jnp.where(done, before, before_that)
-    return after, block, jax.lax.rem(slot + 1, d.buffers), ahead, *counted
+    count, before = count + done.astype(jnp.int32), jnp.where(done, seq, before)
+    return after, block, jax.lax.rem(slot + 1, d.buffers), ahead, pending, count, before
+
+
+def _decode_part(call, d, current, pending, seq, number):
+    """The scores of the `current` part of a KV block, and the sums of the one before, `pending`; what is pending then.
+
+    With the last of a sequence's go the results: of `seq`, the decode of that `number`.
+    """
+
+    def is_whole(part):
+        whole = part.end >= d.part_tokens
+        return whole if call.options.sliding_window is None else jnp.logical_and(whole, part.start <= 0)
+
+    whole = jnp.logical_and(is_whole(current), is_whole(pending))
+    pl.when(whole)(lambda: _score_and_weigh(call, d, current, pending, masked=False))
+    pl.when(jnp.logical_not(whole))(lambda: _score_and_weigh(call, d, current, pending, masked=True))
+
+    @pl.when(pending.ends == 1)
+    def _():
+        out = _output(call, _own(call, d.acc[...]), jnp.sum(d.l[...], axis=1, keepdims=True)).astype(call.o_hbm.dtype)
+        out = pltpu.bitcast(out, jnp.uint32) if call.in_words else out
+        d.o[jax.lax.rem(number, d.out_sems.shape[0]), 0, : out.shape[0]] = out
+        _for_decode_results(call, d, seq, number, _start)
+        _reset_sums(call, d)
+
+    return current
 
 
 def _finish_decodes(call, d, state):
     """The decodes that are left, then their results."""
     total = call.distribution[2]
     step = functools.partial(_decode_one_block, call, d)
-    *_, count, before, before_that = jax.lax.while_loop(lambda state: state[0] < total, step, state)
-    for back, seq in ((1, before), (2, before_that)):
-        parity = jax.lax.rem(count - back, 2)
-        pl.when(count >= back)(lambda seq=seq, parity=parity: _for_decode_results(call, d, seq, parity, _wait))
+    *_, pending, count, before = jax.lax.while_loop(lambda state: state[0] < total, step, state)
+
+    @pl.when(count > 0)
+    def _():
+        _decode_part(call, d, NO_PART, pending, before, count - 1)
+        for back in range(1, d.out_sems.shape[0] + 1):
+            pl.when(count >= back)(lambda back=back: _for_decode_results(call, d, before, count - back, _wait))
 
 
-def _words_beside(rows):
-    """Of merged keys and values, how many words of a token meet the queries beside each other: so many heads fewer
-    scores that are none, and an MXU that is 256 wide is filled."""
-    return math.gcd(rows, WORDS_BESIDE)
+def _words_beside(cache_shape, merged_kv):
+    """How many words of a token meet a decode's queries beside each other, whose row is then zero for all but its own:
+    so many heads fewer scores that are none, and an MXU that is 256 wide is filled. 0 where all rows are below each
+    other."""
+    *_, rows, pack, head_dim = cache_shape
+    if merged_kv:
+        return math.gcd(rows, WORDS_BESIDE)
+    return 2 if rows % 2 == 0 and pack == 2 and head_dim == LANES and _generation() >= 6 else 0
 
 
-def _begin_decode(call, d, slot, parity):
+def _begin_decode(call, d, slot, result):
     ring = d.q_ring.at[slot]
     d.q[...] = _beside(call, pltpu.bitcast(_words(ring)[...], d.q.dtype) if call.in_words else ring[0])
     if call.options.causal:
@@ -569,8 +634,10 @@ def _begin_decode(call, d, slot, parity):
             [ring.at[slot, tile].bitcast(jnp.uint32).reshape(-1, LANES) for tile in range(ring.shape[1])]
             for ring in (d.k_ring, d.v_ring)
         )
-        _interleave(call, k, v, 1, d.new.at[parity])
-    d.m[...] = jnp.full_like(d.m, call.options.mask_value) if call.sink is None else call.sink[...]
+        _interleave(call, k, v, 1, d.new.at[result])
+
+
+def _reset_sums(call, d):
     d.l[...] = jnp.full_like(d.l, 0.0 if call.sink is None else 1 / LANES)
     d.acc[...] = jnp.zeros_like(d.acc)
 
@@ -590,70 +657,60 @@ def _between(shape, axis, start, end):
     return index < end if start is None else jnp.logical_and(index >= start, index < end)
 
 
-def _decode_parts(call, d, kv, start, end):
-    """The tokens of a KV block from `start` (None: 0) to before `end`: all at once, or PART_WORDS at a time."""
-    token_words = kv.shape[1] * kv.shape[3] // LANES
-    part = PART_WORDS // token_words
-    if part * token_words != PART_WORDS or d.bkv % part or d.bkv == part:
-        _decode_block(call, d, kv, (start, end))
-        return
+def _score_and_weigh(call, d, current, pending, *, masked):
+    """All query heads against the keys of the `current` part, and the values of the `pending` one.
 
-    @pl.loop(0 if start is None else jnp.maximum(start, 0) // part, pl.cdiv(jnp.minimum(end, d.bkv), part))
-    def _(i):
-        of_part, last = kv.at[pl.ds(i * part, part)], end - i * part
-        first = None if start is None else start - i * part
-        whole = last >= part if start is None else jnp.logical_and(last >= part, first <= 0)
-        pl.when(whole)(lambda: _decode_block(call, d, of_part, None))
-        pl.when(jnp.logical_not(whole))(lambda: _decode_block(call, d, of_part, (first, last)))
-
-
-def _decode_block(call, d, kv, seen):
-    """All query heads against one KV block, of which the tokens from `seen[0]` to before `seen[1]` count (None: all).
+    While one waits for the MXU or the lane reductions, the other works; the scores of the one go where those of the
+    other have been taken from.
 
     The keys of all heads, in the order in which they lie in memory, meet all query rows: the MXU takes as long for one
     row as for its fill of weights, and what is not a row's own head has no weight.
     """
-    q, top = d.q[...], None
-    for chunk in _chunks(call, kv):
-        if chunk.beside > 1:
+    kv, before = d.keys_and_values(current), d.keys_and_values(pending)
+    seen, seen_before = (_seen_of(call, part) if masked else None for part in (current, pending))
+    q, m_old = d.q[...], d.m[...]
+    m_new = jnp.maximum(m_old, jnp.max(d.top[...], axis=1, keepdims=True))
+    alpha, top = jnp.exp2(m_old - m_new), None
+    l_new, pv = alpha * d.l[...], _lanes(alpha, d.acc.shape[1]) * d.acc[...]
+
+    def weigh(chunk):
+        if chunk.merged and chunk.beside > 1:
+            v = [_rows_of_words(d.v[tile, _of_tile(chunk), :], kv.dtype) for tile in range(d.v.shape[0])]
+            v = jnp.concatenate(v, axis=1)
+        else:
+            v = _chunk_of(before, chunk, 1, seen_before)
+        p = jnp.exp2(d.s[:, chunk.columns] - _lanes(m_new, v.shape[0]))
+        return _lane_sums(p), jnp.dot(p.astype(v.dtype), v, preferred_element_type=jnp.float32)
+
+    def score(chunk):
+        if chunk.merged and chunk.beside > 1:
             k, words = _keys_and_value_words(kv, chunk, seen)
             for tile in range(len(words)):
                 d.v[tile, _of_tile(chunk), :] = words[tile]
         else:
-            k = _chunk_of(kv, chunk, 0, seen)
+            k = _chunk_of(kv, chunk, 0, None)
         s = call.scores(jax.lax.dot_general(q, k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32))
         if seen is not None:
             visible = _between_words(_word_of_column(kv, chunk), kv, seen)
             s = jnp.where(visible, s, call.options.mask_value)
         s += d.bias[:, chunk.columns]
         d.s[:, chunk.columns] = s
-        most = _lane_max(s)
+        return _lane_max(s)
+
+    for chunk in _chunks(call, kv):
+        l_of_chunk, pv_of_chunk = weigh(chunk)
+        l_new, pv = l_new + l_of_chunk, pv + pv_of_chunk
+    for chunk in _chunks(call, kv):
+        most = score(chunk)
         top = most if top is None else jnp.maximum(top, most)
-    m_old = d.m[...]
-    m_new = jnp.maximum(m_old, jnp.max(top, axis=1, keepdims=True))
-    alpha = jnp.exp2(m_old - m_new)
-    d.m[...] = m_new
+    d.l[...], d.acc[...], d.top[...] = l_new, pv, top
+    m_first = jnp.full_like(m_new, call.options.mask_value) if call.sink is None else call.sink[...]
+    d.m[...] = jnp.where(current.begins == 1, m_first, m_new)
 
-    def weigh():
-        l_new, pv = alpha * d.l[...], _lanes(alpha, d.acc.shape[1]) * d.acc[...]
-        for chunk in _chunks(call, kv):
-            if chunk.beside > 1:
-                v = [_rows_of_words(d.v[tile, _of_tile(chunk), :], kv.dtype) for tile in range(d.v.shape[0])]
-                v = jnp.concatenate(v, axis=1)
-            else:
-                v = _chunk_of(kv, chunk, 1, seen)
-            p = jnp.exp2(d.s[:, chunk.columns] - _lanes(m_new, v.shape[0]))
-            l_new += _lane_sums(p)
-            pv += jnp.dot(p.astype(v.dtype), v, preferred_element_type=jnp.float32)
-        d.l[...] = l_new
-        d.acc[...] = pv
 
-    if d.acc.shape[1] > LANES:
-        # The compiler deals the products of a basic block out to the MXUs without regard to when they are due, and gave
-        # all of these to one and all scores to another.
-        _in_a_basic_block(call, weigh)
-    else:
-        weigh()
+def _seen_of(call, part):
+    """What is seen of a part: (None or its first token, the end)."""
+    return None if call.options.sliding_window is None else part.start, part.end
 
 
 def _in_a_basic_block(call, do):
@@ -667,7 +724,8 @@ class _Chunk:
 
     start: int
     words: int
-    beside: int  # if merged: words whose rows are beside each other, of as many heads; else 0
+    beside: int  # words whose rows are beside each other, of as many heads; else 0
+    merged: bool
     columns: Any  # as many as there are keys, or rows beside each other
 
 
@@ -686,20 +744,29 @@ def _chunks(call, kv):
     """The words of a KV block, CHUNK_WORDS at a time; all at once where that does not divide them."""
     total = _words_of(kv)
     words = CHUNK_WORDS if total % CHUNK_WORDS == 0 else total
-    width = words * kv.shape[2] // (call.words_beside or 2)
-    return [_Chunk(i * words, words, call.words_beside, pl.ds(i * width, width)) for i in range(total // words)]
+    width = words * kv.shape[2] // _values_of_column(call.words_beside, call.merged_kv)
+    return [
+        _Chunk(i * words, words, call.words_beside, call.merged_kv, pl.ds(i * width, width))
+        for i in range(total // words)
+    ]
+
+
+def _values_of_column(beside, merged_kv):
+    """How many rows of the cache, of keys or values or both, go with a column of scores."""
+    return beside if merged_kv else 2 * max(beside, 1)
 
 
 def _word_of_column(kv, chunk):
     """``i32[1, columns]``: the word of the block that the key of a column of scores comes from."""
     pack = kv.shape[2]
     column = jax.lax.broadcasted_iota(jnp.int32, (1, chunk.columns.size), 1)
-    if chunk.beside:
+    if chunk.merged:
         return chunk.start + chunk.beside * (column % (chunk.words // chunk.beside) if pack == 4 else column // pack)
     if pack == 1:
         return chunk.start + 2 * column
     if pack == 2:
-        return chunk.start + column // 2 + column % 2 * (chunk.words // 2)
+        beside = max(chunk.beside, 1)
+        return chunk.start + beside * (column // 2 + column % 2 * (chunk.words // (2 * beside)))
     return chunk.start + column % chunk.words
 
 
@@ -707,7 +774,7 @@ def _head_of_column(kv, chunk):
     """``i32[1, columns]``: the KV head that the key of a column of scores belongs to; if merged, the first of them."""
     rows, pack = kv.shape[1:3]
     row = _word_of_column(kv, chunk) % rows
-    if chunk.beside:
+    if chunk.merged:
         column = jax.lax.broadcasted_iota(jnp.int32, row.shape, 1)
         return pack * row + (column // (chunk.words // chunk.beside) if pack == 4 else column % pack)
     if pack == 4:
@@ -731,15 +798,16 @@ def _chunk_of(kv, chunk, is_value, seen):
         loaded = words[_strided(start * fold + tile, count, step * fold), :]
         return loaded if seen is None else _seen_words(loaded, kv, seen, start, step)
 
-    if chunk.beside:
+    if chunk.merged:
         return _rows_of_words(load(0, chunk.start, chunk.words), kv.dtype)
-    tiles = []
-    for tile in range(fold):
+    tiles, beside = [], max(chunk.beside, 1)
+    for tile in range(fold * beside):
         if pack == 1:
             tiles.append(load(tile, chunk.start + is_value, chunk.words // 2, 2))
         elif pack == 2:
-            half = chunk.words // 2
-            low, high = load(tile, chunk.start, half), load(tile, chunk.start + half, half)
+            tile, first = (0, chunk.start + tile) if chunk.beside else (tile, chunk.start)
+            half = chunk.words // (2 * beside)
+            low, high = load(tile, first, half, beside), load(tile, first + half * beside, half, beside)
             tiles.append((_high_halves if is_value else _low_halves)(low, high))
         else:
             tiles.append(_rows_of_words(load(tile, chunk.start, chunk.words), kv.dtype, (is_value, 2 + is_value)))
@@ -791,6 +859,8 @@ def _beside(call, rows):
     """Queries ``[Hq, D]`` where `_chunk_of` has the keys of their heads; if merged, with zeros for others."""
     if call.words_beside < 2:
         return rows
+    if not call.merged_kv:
+        return jnp.concatenate([jnp.where(own, rows, 0) for own in _own_parts(call, rows.shape)], axis=1)
     wide = rows.astype(jnp.float32)
     turned = _halves_turned(wide)
     parts = [jnp.where(own, turned if i % 2 else wide, 0.0) for i, own in enumerate(_own_parts(call, rows.shape))]
@@ -804,24 +874,28 @@ def _own(call, acc):
         return acc
     out = 0.0
     for i, own in enumerate(_own_parts(call, (acc.shape[0], LANES))):
-        part = acc[:, i // 2 * LANES : (i // 2 + 1) * LANES]
-        out += jnp.where(own, _halves_turned(part) if i % 2 else part, 0.0)
+        tile = i // 2 if call.merged_kv else i
+        part = acc[:, tile * LANES : (tile + 1) * LANES]
+        out += jnp.where(own, _halves_turned(part) if call.merged_kv and i % 2 else part, 0.0)
     return out
 
 
 def _own_parts(call, shape):
     """For each of the words beside each other, which query heads have their KV head there."""
-    word = jax.lax.broadcasted_iota(jnp.int32, shape, 0) // (call.group * call.cache_hbm.shape[3])
+    of_word = call.group * (call.cache_hbm.shape[3] if call.merged_kv else 1)
+    word = jax.lax.broadcasted_iota(jnp.int32, shape, 0) // of_word
     return [word % call.words_beside == part for part in range(call.words_beside)]
 
 
 def _tell_heads_apart(call, d):
     """Fills `d.bias`: zero where a column of scores belongs to a row's head, else what leaves it no weight."""
-    kv = d.kv_ring.at[0]
+    kv = d.keys_and_values(NO_PART)
     head_of_row = jax.lax.broadcasted_iota(jnp.int32, (d.q.shape[0], 1), 0) // call.group
     if call.merged_kv:
         pack, beside = kv.shape[2], call.words_beside
         head_of_row = head_of_row // (pack * beside) * (pack * beside) + head_of_row % pack
+    elif call.words_beside:
+        head_of_row = head_of_row // call.words_beside * call.words_beside
     for chunk in _chunks(call, kv):
         own = head_of_row == _head_of_column(kv, chunk)
         d.bias[:, chunk.columns] = jnp.where(own, 0.0, DEFAULT_MASK_VALUE)
@@ -1614,8 +1688,9 @@ def ragged_paged_attention(
     token_bytes = kv_rows * pack * padded_dim * kv_cache.dtype.itemsize
     own_bkv = _block_tokens(KV_BLOCK_PAGES, page_size)
     value_dim = head_dim if merged_kv else padded_dim
-    beside = _words_beside(kv_rows) if merged_kv else 0
-    keys_per_token, key_dim = kv_rows * pack // (beside or 2), max(beside * LANES // 2, padded_dim)
+    beside = _words_beside(kv_cache.shape, merged_kv)
+    columns_per_token = kv_rows * pack // _values_of_column(beside, merged_kv)
+    key_dim = max(beside * (LANES // 2 if merged_kv else LANES), padded_dim)
     # Wide sums are scaled half as often in blocks twice as long; beside an option's own needs, TPU7x lacks the VMEM,
     # and its compiler the time where 8-bit keys and values are unpacked: 379 s instead of 147.
     is_plain = sliding_window is None and soft_cap is None and attention_sink is None and kv_cache.dtype.itemsize > 1
@@ -1630,16 +1705,17 @@ def ragged_paged_attention(
         own_bq //= 2
     given_bq, given_bkv = (p_block_sizes or m_block_sizes or (None, None))[:2]
     segment = own_bkv if given_bkv is None else given_bkv
-    own_bkv *= _num_segments(num_kv_heads, own_bq * num_q_heads * own_bkv)
+    unpacked = 2 if kv_cache.dtype.itemsize == 1 else 1  # by the same basic block
+    own_bkv *= _num_segments(num_kv_heads, own_bq * num_q_heads * own_bkv * unpacked)
     longest = page_indices.shape[0] // kv_lens.shape[0] * page_size
     own = min(_decode_block_tokens(token_bytes, page_size), longest), own_bkv, min(own_bq, num_tokens)
     given = (d_block_sizes or (1, None))[1], given_bkv, given_bq and min(given_bq, num_tokens)
     sums = _Columns if _generation() >= 6 else _Rows
 
     def scratch(decode_bkv, bkv, bq):
-        value_words = ()
-        if beside > 1:
-            value_words = (pltpu.VMEM((beside // 2, decode_bkv * kv_rows // beside, LANES), jnp.uint32),)
+        value_words, part = (), _part_tokens(decode_bkv, kv_rows * tiles)
+        if merged_kv and beside > 1:
+            value_words = (pltpu.VMEM((beside // 2, part * kv_rows // beside, LANES), jnp.uint32),)
         return [
             (
                 pltpu.VMEM((DECODE_BUFFERS, 1, *q.shape[1:]), q.dtype),
@@ -1647,17 +1723,15 @@ def ragged_paged_attention(
                 pltpu.VMEM((DECODE_BUFFERS, tiles, 1, keys.shape[1], LANES), keys.dtype),
                 pltpu.VMEM((DECODE_BUFFERS, decode_bkv, kv_rows, pack, padded_dim), kv_cache.dtype),
                 pltpu.VMEM((heads, key_dim), q.dtype),
-                pltpu.VMEM((2, tiles, _odd(kv_rows), LANES), jnp.uint32),
-                pltpu.VMEM((2, 1, _odd(out_words), LANES), jnp.uint32)
+                pltpu.VMEM((DECODE_RESULTS, tiles, _odd(kv_rows), LANES), jnp.uint32),
+                pltpu.VMEM((DECODE_RESULTS, 1, _odd(out_words), LANES), jnp.uint32)
                 if in_words
-                else pltpu.VMEM((2, 1, heads, padded_dim), out_dtype),
-                pltpu.VMEM((heads, LANES), jnp.float32),
-                pltpu.VMEM((heads, LANES), jnp.float32),
+                else pltpu.VMEM((DECODE_RESULTS, 1, heads, padded_dim), out_dtype),
+                *(pltpu.VMEM((heads, LANES), jnp.float32) for _ in range(3)),
                 pltpu.VMEM((heads, key_dim), jnp.float32),
-                pltpu.VMEM((heads, decode_bkv * keys_per_token), jnp.float32),
-                pltpu.VMEM((heads, decode_bkv * keys_per_token), jnp.float32),
+                *(pltpu.VMEM((heads, part * columns_per_token), jnp.float32) for _ in range(2)),
                 pltpu.SemaphoreType.DMA((DECODE_BUFFERS,)),
-                pltpu.SemaphoreType.DMA((2,)),
+                pltpu.SemaphoreType.DMA((DECODE_RESULTS,)),
                 *value_words,
             ),
             (
@@ -1784,6 +1858,7 @@ def _chip():
 
 
 def _generation():
+    """The chip's generation; 0 where that is no TPU."""
     return getattr(_chip(), "generation", 0)
 
 
@@ -1894,8 +1969,8 @@ def _validate(queries, keys, values, kv_cache, kv_lens, page_indices, cu_q_lens,
 
 # --- the contract: the problem this kernel is judged on. Sealed: the judge takes it from the lineage's baseline. ------
 
-NUM_Q_HEADS = 8
-NUM_KV_HEADS = 1
+NUM_Q_HEADS = 32
+NUM_KV_HEADS = 8
 HEAD_DIM = 128
 DTYPE = jnp.bfloat16
 PACK = 2  # bfloat16 values in 32 bits
