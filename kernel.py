@@ -526,8 +526,8 @@ def _begin_decodes(call, d):
 def _decode_some_blocks(call, d, state):
     """DECODES_BESIDE KV blocks of decodes, if as many are left; the state after them.
 
-    `state`: (sequence, block, slot, the block to be fetched next, the part to be weighed next, how many decodes have their
-    scores, the last of them).
+    `state`: (sequence, block, slot, the block to be fetched next, the part to be weighed next, how many decodes have
+    their scores, the last of them).
     """
 
     def is_left(state):
@@ -1802,10 +1802,11 @@ def _num_segments(num_kv_heads, scores):
 
     They are in work together as heads are: one segment's scores are computed while another's are weighed.
     """
-    count, in_work = 1, 8 if _generation() >= 6 else 2
-    while 2 * count * num_kv_heads <= in_work and 2 * count * scores <= BLOCK_SCORES // (1 if count == 1 else 2):
-        count *= 2
-    return count
+    in_work = 8 if _generation() >= 6 else 2
+    for count, most in ((4, BLOCK_SCORES // 2), (2, BLOCK_SCORES)):
+        if count * num_kv_heads <= in_work and count * scores <= most:
+            return count
+    return 1
 
 
 def _decode_block_tokens(token_bytes, page_size):
