@@ -1822,8 +1822,8 @@ def _decode_block_tokens(token_bytes, page_size):
 def _fitting(scratch, vmem_limit_bytes, own, given, page_size):
     """(decode_bkv, bkv, bq): those `given`, and of the kernel's `own` what VMEM has room for.
 
-    Where the buffers of `scratch(decode_bkv, bkv, bq)` need more, the own sizes are halved in turn, the decodes' first,
-    since theirs costs least. KV blocks stay whole pages of LANES tokens or more.
+    Where the buffers of `scratch(decode_bkv, bkv, bq)` need more, the own sizes are halved, the decodes' until they are
+    those of prefills, since theirs cost least, then all in turn. KV blocks stay whole pages of LANES tokens or more.
     """
     sizes = [own_size if size is None else size for own_size, size in zip(own, given, strict=True)]
     units = math.lcm(page_size, LANES), math.lcm(page_size, LANES), 8
@@ -1832,9 +1832,10 @@ def _fitting(scratch, vmem_limit_bytes, own, given, page_size):
         can = [i for i in range(3) if given[i] is None and sizes[i] % (2 * units[i]) == 0]
         if not can:
             break
-        i = next((i for i in can if i >= turn), can[0])
+        larger = 0 in can and sizes[0] > sizes[1]
+        i = 0 if larger else next((i for i in can if i >= turn), can[0])
         sizes[i] //= 2
-        turn = (i + 1) % 3
+        turn = turn if larger else (i + 1) % 3
     return sizes
 
 
