@@ -297,6 +297,10 @@ SHAPES = {
     "group 1 bfloat16": dataclasses.replace(BASE, group=1, dtype=BF16),
     "group 4 bfloat16": dataclasses.replace(BASE, group=4, dtype=BF16),
     "group 8 bfloat16": dataclasses.replace(BASE, group=8, kv_heads=1, dtype=BF16),
+    "one KV head, int8": dataclasses.replace(
+        BASE, dtype=BF16, cache_dtype=INT8, kv_heads=1, group=4, k_scale=1 / 40, v_scale=1 / 20
+    ),
+    "one KV head, head_dim 64": dataclasses.replace(BASE, head_dim=64, dtype=BF16, kv_heads=1, group=4),
     "20 query heads": dataclasses.replace(BASE, group=5, kv_heads=4, dtype=BF16),  # padded to 24
     "40 query heads": dataclasses.replace(BASE, group=5, kv_heads=8, dtype=BF16),
     "three KV heads": dataclasses.replace(BASE, kv_heads=3, dtype=BF16),
@@ -438,14 +442,17 @@ CHIPS = {  # generation and VMEM
     ("chip", "heads", "sizes"),
     [
         ("tpu7x", {"kv_heads": 8, "group": 4}, (2048, 512, 256)),
-        ("tpu7x", {"kv_heads": 4, "group": 4, "head_dim": 256}, (2048, 1024, 256)),
+        ("tpu7x", {"kv_heads": 4, "group": 4, "head_dim": 256}, (1024, 1024, 256)),
         ("tpu7x", {"kv_heads": 4, "group": 4, "head_dim": 256, "cache_dtype": E5M2}, (4096, 512, 256)),
-        ("tpu7x", {"kv_heads": 32, "group": 1}, (256, 512, 256)),  # from here on, halved in turn from the decodes' on
-        ("tpu7x", {"kv_heads": 4, "group": 16, "head_dim": 256}, (1024, 512, 128)),
+        ("tpu7x", {"kv_heads": 32, "group": 1}, (256, 512, 256)),  # halved, as are some of the others
+        ("tpu7x", {"kv_heads": 4, "group": 16, "head_dim": 256}, (512, 512, 128)),
         ("tpu7x", {"kv_heads": 8, "group": 4, "dtype": F32}, (512, 512, 256)),
-        ("tpu7x", {"kv_heads": 64, "group": 1, "dtype": F32}, (128, 128, 32)),
+        ("tpu7x", {"kv_heads": 64, "group": 1, "dtype": F32}, (128, 128, 8)),
         ("v6e", {"kv_heads": 8, "group": 12}, (512, 512, 128)),
         ("v6e", {"kv_heads": 32, "group": 1, "dtype": F32}, (64, 512, 256)),
+        ("v6e", {"kv_heads": 1, "group": 8}, (4096, 1024, 256)),  # few KV heads: blocks of several segments
+        ("v6e", {"kv_heads": 4, "group": 7}, (1024, 512, 256)),
+        ("v5e", {"kv_heads": 1, "group": 8}, (4096, 1024, 128)),
         ("v5e", {"kv_heads": 8, "group": 8}, (512, 512, 128)),
         ("v5e", {"kv_heads": 8, "group": 12}, (512, 512, 64)),
     ],
@@ -461,6 +468,31 @@ def test_blocks_are_what_the_chip_has_room_for(chip, heads, sizes, monkeypatch):
     if got != own:  # and no smaller than need be
         *_, more = blocks_and_vmem_bytes(monkeypatch, shape, limit=1 << 40)
         assert more > limit
+
+
+@pytest.mark.parametrize(
+    ("generation", "kv_heads", "scores", "count"),
+    [
+        (6, 1, 2**19, 4),
+        (6, 1, 2**20, 2),  # one of four would be more than the compiler is quick with
+        (6, 2, 2**21, 2),
+        (6, 4, 2**22, 1),
+        (6, 8, 2**18, 1),
+        (5, 1, 2**19, 2),
+        (5, 2, 2**19, 1),  # two heads are in work already
+    ],
+)
+def test_few_kv_heads_have_kv_blocks_of_several_segments(generation, kv_heads, scores, count, monkeypatch):
+    monkeypatch.setattr(kernel, "_generation", lambda: generation)
+    assert kernel._num_segments(kv_heads, scores) == count
+
+
+@pytest.mark.parametrize("window", [None, 600])
+def test_segments_of_a_kv_block(window, monkeypatch):
+    """Blocks of two segments or four, whole, seen in part and not at all; the last one cut short."""
+    monkeypatch.setattr(kernel, "KV_BLOCK_PAGES", 4)
+    shape = Shape(kv_heads=1, group=2, tokens=140, seqs=3, pages=120, pages_per_seq=64, kv_pages=None, dtype=BF16)
+    check(dataclasses.replace(shape, sliding_window=window), [1, 100, 39], [700, 900, 39])
 
 
 @COLUMNS_ALONE
@@ -480,10 +512,10 @@ def test_blocks_that_are_given_stay(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
-def test_little_vmem_changes_the_blocks_and_nothing_else(dtype, monkeypatch):
+def test_little_vmem_changes_the_blocks_and_nothing_else(dtype, form, monkeypatch):
     shape = dataclasses.replace(OWN_BLOCKS, dtype=dtype)
     sizes, own, _ = blocks_and_vmem_bytes(monkeypatch, shape, limit=1 << 20)
-    assert own == (512, 512, 64) and sizes == (128, 128, 8)
+    assert own == (512, 2048 if form == "columns" else 512, 64) and sizes == (128, 128, 8)
     check(dataclasses.replace(shape, vmem_limit_bytes=1 << 20), [1, 37, 26], [300, 500, 26])
 
 
@@ -503,6 +535,20 @@ def test_values_do_not_leak_between_sequences():
     out_second, _ = run(BASE, second)
     same = (out_first == out_second).reshape(BASE.tokens, -1).all(axis=1)
     assert same[:3].all() and not same[3:7].any() and same[7:].all()
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_a_decode_s_nan_stays_its_own(kv_heads):
+    """One sequence's part is weighed while another's is scored, in the same buffers."""
+    shape = dataclasses.replace(BASE, dtype=BF16, kv_heads=kv_heads)
+    sound = make_inputs(shape, [1] * 5, [20, 30, 64, 17, 3])
+    spoilt = [array.copy() for array in sound]
+    for page in sound[5].reshape(shape.seqs, -1)[1, :2]:
+        spoilt[3][page] = np.nan
+    (out, _), (out_spoilt, _) = run(shape, sound), run(shape, spoilt)
+    assert np.isnan(out_spoilt[1].astype(F32)).all()
+    others = [0, 2, 3, 4]
+    assert same_bits(out_spoilt[others], out[others]) and not np.isnan(out[others].astype(F32)).any()
 
 
 def test_out_dtype_and_mask_value():
