@@ -1,6 +1,7 @@
 """kernel.py: ragged paged attention, interpreted on small shapes, against a float64 oracle of this file's own."""
 
 import dataclasses
+import functools
 import itertools
 import types
 from typing import Any
@@ -190,25 +191,23 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     return str(request.param)
 
 
-PROGRAMS: dict[tuple[Shape, int, int], Any] = {}
-MOST_PROGRAMS = 16  # that stay compiled: each holds some 1,050 mappings, and XLA crashes where 65,530 are used up
+@functools.lru_cache(maxsize=16)  # a program has some 1,050 mappings, and XLA crashes where 65,530 are used up
+def program(shape: Shape, generation: int, block_scores: int) -> Any:
+    """The kernel compiled, every pallas_call interpreted; it reads the generation and BLOCK_SCORES itself."""
+    jax_shims.patch_interpreter()
+    avals = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in make_inputs(shape, [], [])]
+
+    def call(*arrays: Any) -> Any:
+        return kernel.ragged_paged_attention(*arrays, **shape.options)
+
+    traced = jax_shims.interpreted(jax.make_jaxpr(call)(*avals))
+    return jax_shims.compile_cpu(jaxpr_as_fun(traced), avals, ())
 
 
 def run(shape: Shape, inputs: list[Any]) -> tuple[np.ndarray, np.ndarray]:
-    """The kernel's output and cache, every pallas_call interpreted."""
-    program = shape, kernel._generation(), kernel.BLOCK_SCORES
-    if program not in PROGRAMS:
-        while len(PROGRAMS) >= MOST_PROGRAMS:
-            PROGRAMS.pop(next(iter(PROGRAMS)))
-        jax_shims.patch_interpreter()
-        avals = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in inputs]
-
-        def call(*arrays: Any) -> Any:
-            return kernel.ragged_paged_attention(*arrays, **shape.options)
-
-        traced = jax_shims.interpreted(jax.make_jaxpr(call)(*avals))
-        PROGRAMS[program] = jax_shims.compile_cpu(jaxpr_as_fun(traced), avals, ())
-    out, cache = PROGRAMS[program](*(jnp.array(array, copy=True) for array in inputs))
+    """The kernel's output and cache."""
+    compiled = program(shape, kernel._generation(), kernel.BLOCK_SCORES)
+    out, cache = compiled(*(jnp.array(array, copy=True) for array in inputs))
     return np.asarray(out), np.asarray(cache)
 
 
@@ -408,27 +407,34 @@ def test_a_decode_s_block_has_as_many_bytes_whatever_a_token_has(monkeypatch):
     assert kernel._decode_block_tokens(4096, 32) == 2048
 
 
+class EndOfCall(Exception):
+    pass
+
+
 OWN_BLOCKS = Shape(tokens=64, seqs=3, pages=96, pages_per_seq=32, kv_pages=None)
 
 
 def blocks_and_vmem_bytes(monkeypatch, shape, limit=None):
-    """(decode_bkv, bkv, bq) of a call, the own ones it began with, and the bytes of its buffers."""
+    """(decode_bkv, bkv, bq) of a call, the own ones it began with, and the bytes of its buffers.
+
+    The call ends where they are known: the rest of the trace takes ten seconds.
+    """
     seen = []
     fitting = kernel._fitting
 
     def watched(scratch, limit, own, given, page_size):
         sizes = fitting(scratch, limit, own, given, page_size)
         seen.append((tuple(sizes), own, kernel._vmem_bytes(scratch(*sizes))))
-        return sizes
+        raise EndOfCall
 
     with monkeypatch.context() as patch:
         patch.setattr(kernel, "_fitting", watched)
         options = shape.options | {"vmem_limit_bytes": limit}
         inputs = make_inputs(dataclasses.replace(shape, tokens=8), [1], [1])
         queries, keys, values = (jax.ShapeDtypeStruct((shape.tokens, *x.shape[1:]), x.dtype) for x in inputs[:3])
-        jax.make_jaxpr(lambda *arrays: kernel.ragged_paged_attention(*arrays, **options))(
-            queries, keys, values, *inputs[3:]
-        )
+        call = jax.make_jaxpr(lambda *arrays: kernel.ragged_paged_attention(*arrays, **options))
+        with pytest.raises(EndOfCall):
+            call(queries, keys, values, *inputs[3:])
     return seen[0]
 
 
