@@ -31,7 +31,7 @@ PROBLEM_DESCRIPTION = (
 
 # Tunables: module-level constants that a search may rewrite, each to one of the values listed.
 Q_BLOCK_TOKENS = 128  # new tokens of one sequence in a query block; doubled from v6e on up to MAX_ROWS, BLOCK_SCORES
-KV_BLOCK_PAGES = 16  # pages of 32 tokens, or as many tokens, in a prefill's KV block; from v6e on twice that if D > 128
+KV_BLOCK_PAGES = 16  # pages of 32 tokens, or as many tokens, in a segment of a prefill's; from v6e on twice if D > 128
 DECODE_BLOCK_PAGES = 16  # the same of a decode with 4 KiB a token, else as many bytes; see _decode_block_tokens
 MAX_ROWS = 1024  # queries of a KV head that a query block of twice as many tokens may have
 MAX_VALUES = 2**20  # of all queries in a query block before v6e, if a KV head has some tiles of them: more is slower
@@ -438,8 +438,8 @@ class _Part(NamedTuple):
     number: Any = 0
     start: Any = 0
     end: Any = 0
-    begins: Any = 0  # 1: its sequence
-    ends: Any = 0
+    begins: Any = 0  # 1 where its sequence begins with it
+    ends: Any = 0  # 1 where it ends
 
 
 NO_PART = _Part()
@@ -618,12 +618,11 @@ def _finish_decodes(call, d, state):
 
 def _words_beside(cache_shape, merged_kv):
     """How many words of a token meet a decode's queries beside each other, whose row is then zero for all but its own:
-    so many heads fewer scores that are none, and an MXU that is 256 wide is filled. 0 where all rows are below each
-    other."""
+    so many heads fewer scores that are none, and an MXU that is 256 wide is filled. 1: all are below each other."""
     *_, rows, pack, head_dim = cache_shape
     if merged_kv:
         return math.gcd(rows, WORDS_BESIDE)
-    return 2 if rows % 2 == 0 and pack == 2 and head_dim == LANES and _generation() >= 6 else 0
+    return 2 if rows % 2 == 0 and pack == 2 and head_dim == LANES and _generation() >= 6 else 1
 
 
 def _begin_decode(call, d, slot, result):
@@ -724,7 +723,7 @@ class _Chunk:
 
     start: int
     words: int
-    beside: int  # words whose rows are beside each other, of as many heads; else 0
+    beside: int  # words whose rows are beside each other, of as many heads
     merged: bool
     columns: Any  # as many as there are keys, or rows beside each other
 
@@ -753,7 +752,7 @@ def _chunks(call, kv):
 
 def _values_of_column(beside, merged_kv):
     """How many rows of the cache, of keys or values or both, go with a column of scores."""
-    return beside if merged_kv else 2 * max(beside, 1)
+    return beside if merged_kv else 2 * beside
 
 
 def _word_of_column(kv, chunk):
@@ -765,8 +764,7 @@ def _word_of_column(kv, chunk):
     if pack == 1:
         return chunk.start + 2 * column
     if pack == 2:
-        beside = max(chunk.beside, 1)
-        return chunk.start + beside * (column // 2 + column % 2 * (chunk.words // (2 * beside)))
+        return chunk.start + chunk.beside * (column // 2 + column % 2 * (chunk.words // (2 * chunk.beside)))
     return chunk.start + column % chunk.words
 
 
@@ -800,12 +798,12 @@ def _chunk_of(kv, chunk, is_value, seen):
 
     if chunk.merged:
         return _rows_of_words(load(0, chunk.start, chunk.words), kv.dtype)
-    tiles, beside = [], max(chunk.beside, 1)
+    tiles, beside = [], chunk.beside
     for tile in range(fold * beside):
         if pack == 1:
             tiles.append(load(tile, chunk.start + is_value, chunk.words // 2, 2))
         elif pack == 2:
-            tile, first = (0, chunk.start + tile) if chunk.beside else (tile, chunk.start)
+            tile, first = (0, chunk.start + tile) if beside > 1 else (tile, chunk.start)
             half = chunk.words // (2 * beside)
             low, high = load(tile, first, half, beside), load(tile, first + half * beside, half, beside)
             tiles.append((_high_halves if is_value else _low_halves)(low, high))
@@ -894,7 +892,7 @@ def _tell_heads_apart(call, d):
     if call.merged_kv:
         pack, beside = kv.shape[2], call.words_beside
         head_of_row = head_of_row // (pack * beside) * (pack * beside) + head_of_row % pack
-    elif call.words_beside:
+    else:
         head_of_row = head_of_row // call.words_beside * call.words_beside
     for chunk in _chunks(call, kv):
         own = head_of_row == _head_of_column(kv, chunk)
