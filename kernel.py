@@ -47,6 +47,8 @@ DECODES_BESIDE = 2  # KV blocks of decodes that go with one of a prefill
 VMEM_BYTES = 96 * 2**20  # that the kernel may have if nothing is said and the chip has as much
 COMPILERS_OWN_BYTES = 3 * 2**18  # of VMEM, beside the kernel's buffers: registers that it spills, sinks
 DECODE_BUFFERS = 4  # KV blocks of decodes in VMEM: two in work, the others on their way
+SEGMENTS_OF_ROWS = 2  # segments of prefills' KV blocks, those of all KV heads counted, that are worth having in work
+SEGMENTS_OF_COLUMNS = 8  # the same where scores stand on their side
 DECODE_RESULTS = 4  # decodes whose output and new token are on their way
 
 TUNABLES = {
@@ -982,25 +984,19 @@ def _prefill_pass(call, b, decode_some, decoding):
 
         start = first_block(following) * b.kv.shape[1]
         stays = jnp.logical_and(next_seq == seq, first_block(following) == _last_block(call, b, item))
-        reads_new = jnp.logical_and(item.position < start + b.kv.shape[1], item.end > start)
-        reads_new = jnp.logical_and(next_seq == seq, jnp.logical_and(reads_new, jnp.logical_not(stays)))
-
-        def wait_for_new_tokens(condition):
-            if call.options.causal:
-                pl.when(condition)(lambda: _for_new_tokens(call, b, item, _wait))
 
         def start_inputs():
             pl.when(next_seq < total)(lambda: _for_inputs(call, b, following, 1 - parity, _start))
 
         def start_following(slot):
-            wait_for_new_tokens(reads_new)
             wanted = jnp.logical_and(next_seq < total, jnp.logical_not(stays))
             pl.when(wanted)(lambda: _for_item_pages(call, b, following, first_block(following), slot, _start))
 
         ahead = start_inputs, start_following
         first = first_block(item)
         slot, decoding = _attend_item(call, b, item, first, kept, (slot, decoding), *ahead, decode_some)
-        wait_for_new_tokens(jnp.logical_not(reads_new))
+        if call.options.causal:
+            _for_new_tokens(call, b, item, _last_block(call, b, item), 1 - slot, _wait)
         pl.when(before[0] >= 0)(lambda: _for_rows(call, b, _item(call, b, *before), _wait))
         _finish_item(call, b)
         _for_rows(call, b, item, _start)
@@ -1031,23 +1027,28 @@ def _for_inputs(call, b, item, parity, do):
         do(pltpu.make_async_copy(hbm.at[pl.ds(item.window, b.bq)], target, b.in_sems.at[parity]))
 
 
-def _for_new_tokens(call, b, item, do):
-    """`do(copy)` of the item's new tokens from `b.new` on to the cache.
+def _new_of_block(b, item, block):
+    """The first of the item's own tokens in a KV block, and the end of them."""
+    bkv = b.kv.shape[1]
+    return jnp.maximum(item.position, block * bkv), jnp.minimum(item.end, (block + 1) * bkv)
+
+
+def _for_new_tokens(call, b, item, block, slot, do):
+    """`do(copy)` of the item's new tokens of a KV block, which has them in work already, on to the cache.
 
     A page that is all new goes whole, any other token by token.
     """
-    page_size = call.page_size
+    page_size, bkv = call.page_size, b.kv.shape[1]
+    start, block_end = _new_of_block(b, item, block)
 
-    def copy(start, count):
-        slots = call.slots(item.seq, start, count)
-        for lanes, tokens in _tiles_as(b.new, call.cache_hbm):
-            source = tokens.at[pl.ds(item.skipped + start - item.position, count)]
-            do(pltpu.make_async_copy(source, slots.at[:, :, :, lanes], b.new_sem))
+    def copy(first, count):
+        tokens = b.kv.at[slot, pl.ds(first - block * bkv, count), pl.ds(0, call.cache_hbm.shape[2])]
+        do(pltpu.make_async_copy(tokens, call.slots(item.seq, first, count), b.new_sem))
 
-    @pl.loop(item.position // page_size, pl.cdiv(item.end, page_size))
+    @pl.loop(start // page_size, pl.cdiv(block_end, page_size))
     def _(page):
-        first = jnp.maximum(item.position, page * page_size)
-        end = jnp.minimum(item.end, (page + 1) * page_size)
+        first = jnp.maximum(start, page * page_size)
+        end = jnp.minimum(block_end, (page + 1) * page_size)
         whole = end - first == page_size
         if page_size <= b.bq:
             pl.when(whole)(lambda: copy(first, page_size))
@@ -1116,14 +1117,18 @@ def _attend_item(call, b, item, first, kept, carry, start_inputs, start_followin
         def start_next():
             _for_item_pages(call, b, item, block + 1, 1 - slot, _start)
 
+        def give_new_tokens():
+            _patch(call, b, item, block, slot)
+            _for_new_tokens(call, b, item, block, slot, _start)
+
+        if call.options.causal:  # where the next pages go, new ones of the block before may still be on their way
+            pl.when(block > first_new)(lambda: _for_new_tokens(call, b, item, block - 1, 1 - slot, _wait))
         pl.when(block < last)(start_next)
         _for_item_pages(call, b, item, block, slot, _wait, kept)
         if call.options.causal:
-            pl.when(block == first_new)(lambda: _for_new_tokens(call, b, item, _start))
+            pl.when(block >= first_new)(give_new_tokens)
         pl.when(block == first + (last - first) // 2)(start_inputs)  # far from other copies that something waits for
         pl.when(block == last)(lambda: start_following(1 - slot))
-        if call.options.causal:
-            _patch(call, b, item, block, slot)
 
         window = call.options.sliding_window
         fetched = None if window is None else call.first_seen(item.position) - block * bkv, end - block * bkv
@@ -1136,8 +1141,7 @@ def _attend_item(call, b, item, first, kept, carry, start_inputs, start_followin
 def _patch(call, b, item, block, slot):
     """The KV block's tokens that the item brings itself, which are on their way to the cache only."""
     first_position = block * b.kv.shape[1]
-    start = jnp.maximum(item.position, first_position)
-    end = jnp.minimum(item.end, first_position + b.kv.shape[1])
+    start, end = _new_of_block(b, item, block)
 
     def copy(position, count):
         for lanes, new in _tiles_as(b.new, call.cache_hbm):
@@ -1800,7 +1804,7 @@ def _num_segments(num_kv_heads, scores):
 
     They are in work together as heads are: one segment's scores are computed while another's are weighed.
     """
-    in_work = 8 if _generation() >= 6 else 2
+    in_work = SEGMENTS_OF_COLUMNS if _generation() >= 6 else SEGMENTS_OF_ROWS
     for count, most in ((4, BLOCK_SCORES // 2), (2, BLOCK_SCORES)):
         if count * num_kv_heads <= in_work and count * scores <= most:
             return count
