@@ -131,10 +131,16 @@ def _lane_tiles(width):
 def _interleave(call, k, v, num_tokens, words):
     """New keys and values in the cache's layout: `words` ``u32[D / 128, n * odd, 128]``.
 
-    `k`, `v`: ``u32[n * …, 128]`` for each tile of lanes, tokens' words one after the other; `k` may have the cache's
-    words already.
+    `k`, `v`: ``u32[n * …, 128]`` for each tile of lanes, tokens' words one after the other. If joined `k` is one array,
+    with the cache's words of a token, a row's tiles one after the other.
     """
     rows, itemsize = call.cache_hbm.shape[2], call.cache_hbm.dtype.itemsize
+    if call.joined:
+        for tile in range(words.shape[0]):
+            for row in range(rows):
+                of_row = pl.ds(row * words.shape[0] + tile, num_tokens, stride=k.shape[0] // num_tokens)
+                words.at[tile][pl.ds(row, num_tokens, stride=words.shape[1] // num_tokens), :] = k[of_row, :]
+        return
     for tile, both in enumerate(zip(k, v, strict=True)):
 
         def of(is_value, word, both=both):
@@ -144,10 +150,6 @@ def _interleave(call, k, v, num_tokens, words):
         def store(row, value, tile=tile):
             words.at[tile][pl.ds(row, num_tokens, stride=words.shape[1] // num_tokens), :] = value
 
-        if call.joined:
-            for row in range(rows):
-                store(row, of(0, row))
-            continue
         if itemsize == 4:
             for row in range(2 * call.num_kv_heads):
                 store(row, of(row % 2, row // 2))
@@ -165,6 +167,11 @@ def _interleave(call, k, v, num_tokens, words):
             store(2 * pair, _low_halves(k2, v2))
             if 2 * pair + 1 < call.num_kv_heads:
                 store(2 * pair + 1, _high_halves(k2, v2))
+
+
+def _flat(tokens):
+    """Words ``u32[n * …, 128]`` of tokens that have one row, or rows of one tile: a token after the other."""
+    return tokens.bitcast(jnp.uint32).reshape(-1, LANES)
 
 
 def _words(packed):
@@ -190,7 +197,7 @@ def _word_tiles(tokens, words, part=0):
     Where D > 128 that is not how they lie: they are moved to a `part` of `words`, ``u32[D / 128, n * odd, 128]``.
     """
     if tokens.ndim == 4 or tokens.shape[-1] == LANES:
-        return [tokens.bitcast(jnp.uint32).reshape(-1, LANES)]
+        return [_flat(tokens)]
 
     def take(token, words):
         words[...] = pltpu.bitcast(token[...], jnp.uint32)
@@ -475,7 +482,8 @@ def _for_decode_block(call, d, seq, block, slot, do):
         row = call.cu_q_lens[seq]
         do(pltpu.make_async_copy(call.q_hbm.at[pl.ds(row, 1)], d.q_ring.at[slot], d.ring_sems.at[slot]))
         for hbm, ring in call.new_to(d.k_ring, d.v_ring):
-            _for_tiles(hbm.at[pl.ds(row, 1)], ring.at[slot], d.ring_sems.at[slot], do)
+            new, target, sem = hbm.at[pl.ds(row, 1)], ring.at[slot], d.ring_sems.at[slot]
+            do(pltpu.make_async_copy(new, target.at[0], sem)) if call.joined else _for_tiles(new, target, sem, do)
 
     kv, sem = d.kv_ring.at[slot], d.ring_sems.at[slot]
     in_cache = call.kv_lens[seq] - 1 if call.options.causal else call.kv_lens[seq]
@@ -631,10 +639,8 @@ def _begin_decode(call, d, slot, result):
     ring = d.q_ring.at[slot]
     d.q[...] = _beside(call, pltpu.bitcast(_words(ring)[...], d.q.dtype) if call.in_words else ring[0])
     if call.options.causal:
-        k, v = (
-            [ring.at[slot, tile].bitcast(jnp.uint32).reshape(-1, LANES) for tile in range(ring.shape[1])]
-            for ring in (d.k_ring, d.v_ring)
-        )
+        k, v = ([_flat(ring.at[slot, tile]) for tile in range(ring.shape[1])] for ring in (d.k_ring, d.v_ring))
+        k = k[0] if call.joined else k
         _interleave(call, k, v, 1, d.new.at[result])
 
 
@@ -1076,7 +1082,10 @@ def _output_of(call, b):
 
 def _begin_item(call, b, item, parity):
     if call.options.causal:
-        k, v = _word_tiles(b.k.at[parity], b.words), _word_tiles(b.v.at[parity], b.words, 1)
+        if call.joined:
+            k, v = _flat(b.k.at[parity]), None
+        else:
+            k, v = _word_tiles(b.k.at[parity], b.words), _word_tiles(b.v.at[parity], b.words, 1)
         _interleave(call, k, v, b.bq, b.new)
     words = _word_tiles(b.q.at[parity], b.words)
     heads_per_word = 4 // b.q.dtype.itemsize
@@ -1672,7 +1681,7 @@ def ragged_paged_attention(
         return jnp.pad(array, ((0, 0), heads, (0, padded_dim - array.shape[2])))
 
     q = padded(queries.astype(compute_dtype))
-    joined = merged_kv or (num_kv_heads == 1 and pack > 1 and padded_dim == LANES)  # two copies and pads less by XLA
+    joined = merged_kv or (num_kv_heads == 1 and pack > 1)  # two copies and pads less by XLA
     if joined and not merged_kv:
         lanes = (0, 0), (0, 0), (0, padded_dim - head_dim)
         keys = values = jnp.pad(_one_heads_words(keys, values), lanes)
@@ -1684,6 +1693,7 @@ def ragged_paged_attention(
     if in_words:
         q = q.reshape(num_tokens, q_words, -1, padded_dim)
     q_token = (_odd(q_words), *q.shape[2:]) if in_words else q.shape[1:]
+    new_token = (1, 1, *keys.shape[1:]) if joined else (tiles, 1, keys.shape[1], LANES)
     moved_words = 0 if in_words else max(_odd(q_words), 2 * _odd(keys.shape[1] * keys.dtype.itemsize // 4))
     o_token = (out_words, heads // out_words, padded_dim) if in_words else (heads, padded_dim)
 
@@ -1721,8 +1731,7 @@ def ragged_paged_attention(
         return [
             (
                 pltpu.VMEM((DECODE_BUFFERS, 1, *q.shape[1:]), q.dtype),
-                pltpu.VMEM((DECODE_BUFFERS, tiles, 1, keys.shape[1], LANES), keys.dtype),
-                pltpu.VMEM((DECODE_BUFFERS, tiles, 1, keys.shape[1], LANES), keys.dtype),
+                *(pltpu.VMEM((DECODE_BUFFERS, *new_token), keys.dtype) for _ in range(2)),
                 pltpu.VMEM((DECODE_BUFFERS, decode_bkv, kv_rows, pack, padded_dim), kv_cache.dtype),
                 pltpu.VMEM((heads, key_dim), q.dtype),
                 pltpu.VMEM((DECODE_RESULTS, tiles, _odd(kv_rows), LANES), jnp.uint32),
