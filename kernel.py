@@ -26,7 +26,7 @@ from jax.experimental.pallas import tpu as pltpu
 KERNEL_NAME = "ragged_paged_attention"
 PROBLEM_DESCRIPTION = (
     "Causal attention of a ragged batch (decode, prefill, mixed) over a paged KV cache, with the new keys and values "
-    "written into their slots; Gemma-3-1B heads (4 query, 1 KV, head_dim 256), bfloat16."
+    "written into their slots; Llama-3-8B heads (32 query, 8 KV, head_dim 128), bfloat16."
 )
 
 # Tunables: module-level constants that a search may rewrite, each to one of the values listed.
@@ -1982,9 +1982,9 @@ def _validate(queries, keys, values, kv_cache, kv_lens, page_indices, cu_q_lens,
 
 # --- the contract: the problem this kernel is judged on. Sealed: the judge takes it from the lineage's baseline. ------
 
-NUM_Q_HEADS = 4
-NUM_KV_HEADS = 1
-HEAD_DIM = 256
+NUM_Q_HEADS = 32
+NUM_KV_HEADS = 8
+HEAD_DIM = 128
 DTYPE = jnp.bfloat16
 PACK = 2  # bfloat16 values in 32 bits
 MERGED_KV = HEAD_DIM == LANES // 2  # a row of the cache is a head's keys and values, beside each other
