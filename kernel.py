@@ -408,7 +408,7 @@ class _Decode:
     """Buffers of the decode pass; `odd`: see _odd."""
 
     q_ring: Any  # [buffers, 1, …, D] as in HBM: with the first KV block of its sequence
-    k_ring: Any  # [buffers, D / 128, 1, Hkv, 128]: the new token's keys, the same
+    k_ring: Any  # [buffers, D / 128, 1, Hkv, 128]: the new token's keys, the same; if joined as in HBM, in [:, 0]
     v_ring: Any  # [buffers, D / 128, 1, Hkv, 128]
     kv_ring: Any  # [buffers, bkv, 2 * Hkv / pack, pack, D]
     q: Any  # [Hq, D]: the sequence in work; D here and in acc as _beside has it
@@ -915,7 +915,7 @@ class _Prefill:
     """Buffers of the prefill pass; `odd`: see _odd."""
 
     q: Any  # [2, bq, odd, pack, D] or [2, bq, Hq, D]: of the item in work and of the following one
-    k: Any  # [2, bq, Hkv, D]: the same tokens' new keys
+    k: Any  # [2, bq, Hkv, D]: the same tokens' new keys; if joined with their values
     v: Any  # [2, bq, Hkv, D]
     new: Any  # u32[D / 128, bq * odd, 128]: the item's keys and values in the cache's layout
     words: Any  # u32[D / 128, …, 128]: the item's queries, keys and values, see _word_tiles
