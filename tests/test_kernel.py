@@ -293,6 +293,7 @@ SHAPES = {
     "merged, not causal": dataclasses.replace(MERGED, use_causal_mask=False, kv_pages=2),
     "head_dim 256 bfloat16": dataclasses.replace(BASE, head_dim=256, dtype=BF16),
     "group 1": dataclasses.replace(BASE, group=1),
+    "group 8": dataclasses.replace(BASE, group=8, kv_heads=1),
     "group 1 bfloat16": dataclasses.replace(BASE, group=1, dtype=BF16),
     "group 4 bfloat16": dataclasses.replace(BASE, group=4, dtype=BF16),
     "group 8 bfloat16": dataclasses.replace(BASE, group=8, kv_heads=1, dtype=BF16),
@@ -304,12 +305,15 @@ SHAPES = {
         BASE, head_dim=256, dtype=BF16, cache_dtype=INT8, kv_heads=1, k_scale=1 / 40, v_scale=1 / 20
     ),
     "one KV head, head_dim 64": dataclasses.replace(BASE, head_dim=64, dtype=BF16, kv_heads=1, group=4),
+    "20 query heads": dataclasses.replace(BASE, group=5, kv_heads=4, dtype=BF16),  # padded to 24
     "40 query heads": dataclasses.replace(BASE, group=5, kv_heads=8, dtype=BF16),
     "three KV heads": dataclasses.replace(BASE, kv_heads=3, dtype=BF16),
     "page 32": dataclasses.replace(BASE, page=32, pages=12, pages_per_seq=2),
+    "page 8": dataclasses.replace(BASE, page=8, pages=48, pages_per_seq=8),
     "one token a block": dataclasses.replace(BASE, q_block=1),
     "all tokens a block": dataclasses.replace(BASE, q_block=256),
     "4 tokens, 4 pages a block": dataclasses.replace(BASE, q_block=4, kv_pages=4),
+    "more pages a block than a sequence has": dataclasses.replace(BASE, kv_pages=8),
     "2 pages a block, bfloat16": dataclasses.replace(BASE, kv_pages=2, dtype=BF16),
 }
 
