@@ -90,38 +90,35 @@ def _row_of_tokens(kv, row, count):
         first, step = word * fold + tile, rows * fold
         if pack == 2:
             even, odd = (words[pl.ds(first + i * step, count // 2, stride=2 * step), :] for i in (0, 1))
-            tiles.append((_high_halves if part else _low_halves)(even, odd))
+            tiles.append((_odd_parts if part else _even_parts)(even, odd))
             continue
         of_word = words[pl.ds(first, count, stride=step), :]
         if pack == 4:
-            of_word = _from_byte(of_word, part, kv.dtype).astype(_compute_dtype(kv.dtype))
+            of_word = pltpu.bitcast((of_word >> 8 * part).astype(jnp.uint8), jnp.uint32)
         tiles.append(of_word)
-    tokens = jnp.concatenate(tiles, axis=1)
-    return tokens if pack == 4 else pltpu.bitcast(tokens, kv.dtype)
+    words = jnp.concatenate(tiles, axis=1)
+    return pltpu.bitcast(words, kv.dtype)
 
 
 def _compute_dtype(kv_dtype):
-    """What the MXU multiplies: 8-bit keys and values become bfloat16, which holds all of their values."""
+    """What meets keys and values in the MXU: bfloat16 if they have 8 bits, whose values it has as well."""
     return jnp.dtype(jnp.bfloat16) if kv_dtype.itemsize == 1 else kv_dtype
 
 
-def _from_byte(words, byte, dtype):
-    """float32 values of one byte of each 32-bit word, by shifts, which every chip has: int8, float8_e4m3fn or e5m2."""
-    if dtype == jnp.int8:
-        signed = pltpu.bitcast(words << (24 - 8 * byte), jnp.int32)
-        return (signed >> 24).astype(jnp.float32)
-    mantissa_bits, bias = (3, 7) if dtype == jnp.float8_e4m3fn else (2, 15)
-    bits = words >> (8 * byte)
-    magnitude = bits & jnp.uint32(0x7F)
-    normal = (magnitude << (23 - mantissa_bits)) + jnp.uint32((127 - bias) << 23)
-    if dtype == jnp.float8_e4m3fn:
-        normal = jnp.where(magnitude == 0x7F, jnp.uint32(0x7FC00000), normal)
-    else:  # infinity and NaN
-        normal = jnp.where(magnitude >= 0x7C, normal | jnp.uint32(0x7F800000), normal)
-    subnormal = pltpu.bitcast(magnitude, jnp.int32).astype(jnp.float32) * 2.0 ** (1 - bias - mantissa_bits)
-    value = jnp.where(magnitude < 1 << mantissa_bits, subnormal, pltpu.bitcast(normal, jnp.float32))
-    sign = (bits & jnp.uint32(0x80)) << 24
-    return pltpu.bitcast(pltpu.bitcast(value, jnp.uint32) | sign, jnp.float32)
+def _for_lhs(rows):
+    """Rows as the MXU takes them beside bfloat16 on the left, where 8-bit ones are bfloat16; it has all their values.
+
+    Before TPU7x the chips have float8_e4m3b11fnuz and not float8_e4m3fn, for which the compiler has twice as many
+    instructions as this: values are a sixteenth there, and -0 has the bits of its only NaN. A NaN becomes 480, as it
+    does on the right.
+    """
+    if rows.dtype.itemsize > 1:
+        return rows
+    if rows.dtype != jnp.float8_e4m3fn or _generation() >= 7:
+        return rows.astype(jnp.bfloat16)
+    words, sevens = pltpu.bitcast(rows, jnp.uint32), jnp.uint32(0x7F7F7F7F)
+    words &= (words & sevens) + sevens | sevens
+    return pltpu.bitcast(words, jnp.float8_e4m3b11fnuz).astype(jnp.bfloat16) * jnp.bfloat16(16.0)
 
 
 def _lane_tiles(width):
@@ -164,9 +161,9 @@ def _interleave(call, k, v, num_tokens, words):
             continue
         for pair in range(-(-call.num_kv_heads // 2)):
             k2, v2 = of(0, pair), of(1, pair)
-            store(2 * pair, _low_halves(k2, v2))
+            store(2 * pair, _even_parts(k2, v2))
             if 2 * pair + 1 < call.num_kv_heads:
-                store(2 * pair + 1, _high_halves(k2, v2))
+                store(2 * pair + 1, _odd_parts(k2, v2))
 
 
 def _flat(tokens):
@@ -218,19 +215,20 @@ def _move_words(tokens, words, do):
             do(tokens.at[token, :, lanes], words.at[tile, at])
 
 
-def _low_halves(low, high):
-    """16-bit rows, in words: the low halves of `low` in the even ones, those of `high` in the others."""
-    return _in_turn(low, high << 16)
+def _even_parts(low, high, bits=16):
+    """Words of parts with so many bits: in turn one of the even ones of `low` and of `high`."""
+    return _in_turn(low, high << bits, bits)
 
 
-def _high_halves(low, high):
-    return _in_turn(low >> 16, high)
+def _odd_parts(low, high, bits=16):
+    return _in_turn(low >> bits, high, bits)
 
 
-def _in_turn(even, odd):
-    """The low halves of the words of `even`, and the high halves of those of `odd`: one select of 16-bit rows."""
-    is_even = pltpu.bitcast(jnp.full(even.shape, 0x3F80, jnp.uint32), jnp.bfloat16) > jnp.bfloat16(0.5)
-    even, odd = (pltpu.bitcast(words, jnp.bfloat16) for words in (even, odd))
+def _in_turn(even, odd, bits):
+    """The even parts of the words of `even`, and the odd ones of those of `odd`: one select."""
+    dtype, ones = {16: (jnp.bfloat16, 0x3F80), 8: (jnp.int8, 0x00010001)}[bits]
+    is_even = pltpu.bitcast(jnp.full(even.shape, ones, jnp.uint32), dtype) != 0
+    even, odd = (pltpu.bitcast(words, dtype) for words in (even, odd))
     return pltpu.bitcast(jnp.where(is_even, even, odd), jnp.uint32)
 
 
@@ -253,7 +251,7 @@ class _Options:
     mask_value: float
     sliding_window: int | None
     soft_cap: float | None
-    v_scale: float | None
+    v_scale: float  # of the values as the MXU has them
     causal: bool  # else all of a sequence is seen, and all of it is in the cache already
 
     @property
@@ -296,6 +294,12 @@ class _Call:
     def row_of(self, head, is_value):
         """Which of a cached token's rows has the keys or the values of a KV head."""
         return head if self.merged_kv else 2 * head + is_value
+
+    @property
+    def heads_of_word(self):
+        """KV heads whose keys share a word of the cache."""
+        pack = self.cache_hbm.shape[3]
+        return pack if self.merged_kv else max(pack // 2, 1)
 
     @property
     def words_beside(self):
@@ -632,7 +636,7 @@ def _words_beside(cache_shape, merged_kv):
     *_, rows, pack, head_dim = cache_shape
     if merged_kv:
         return math.gcd(rows, WORDS_BESIDE)
-    return 2 if rows % 2 == 0 and pack == 2 and head_dim == LANES and _generation() >= 6 else 1
+    return 2 if rows % 2 == 0 and pack > 1 and head_dim == LANES and _generation() >= 6 else 1
 
 
 def _begin_decode(call, d, slot, result):
@@ -655,7 +659,7 @@ def _output(call, acc, l):
     else:  # an estimate and one step of Newton's: all that is left after rounding, in a third of a division's slots
         estimate = pl.reciprocal(l, approx=True)
         out = acc * (estimate * (2.0 - l * estimate))
-    return out if call.options.v_scale is None else out * call.options.v_scale
+    return out if call.options.v_scale == 1.0 else out * call.options.v_scale
 
 
 def _between(shape, axis, start, end):
@@ -682,12 +686,12 @@ def _score_and_weigh(call, d, current, pending, *, masked):
 
     def weigh(chunk):
         if chunk.merged and chunk.beside > 1:
-            v = [_rows_of_words(d.v[tile, _of_tile(chunk), :], kv.dtype) for tile in range(d.v.shape[0])]
+            v = [pltpu.bitcast(d.v[tile, _of_tile(chunk), :], kv.dtype) for tile in range(d.v.shape[0])]
             v = jnp.concatenate(v, axis=1)
         else:
             v = _chunk_of(before, chunk, 1, seen_before)
         p = jnp.exp2(d.s[:, chunk.columns] - _lanes(m_new, v.shape[0]))
-        return _lane_sums(p), jnp.dot(p.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        return _lane_sums(p), jnp.dot(p.astype(d.q.dtype), v, preferred_element_type=jnp.float32)
 
     def score(chunk):
         if chunk.merged and chunk.beside > 1:
@@ -768,24 +772,18 @@ def _word_of_column(kv, chunk):
     pack = kv.shape[2]
     column = jax.lax.broadcasted_iota(jnp.int32, (1, chunk.columns.size), 1)
     if chunk.merged:
-        return chunk.start + chunk.beside * (column % (chunk.words // chunk.beside) if pack == 4 else column // pack)
+        return chunk.start + chunk.beside * (column // pack)
     if pack == 1:
         return chunk.start + 2 * column
-    if pack == 2:
-        return chunk.start + chunk.beside * (column // 2 + column % 2 * (chunk.words // (2 * chunk.beside)))
-    return chunk.start + column % chunk.words
+    return chunk.start + chunk.beside * (column // pack + column % 2 * (chunk.words // (2 * chunk.beside)))
 
 
 def _head_of_column(kv, chunk):
-    """``i32[1, columns]``: the KV head that the key of a column of scores belongs to; if merged, the first of them."""
+    """``i32[1, columns]``: the KV head that the key of a column of scores belongs to; the first of those beside it."""
     rows, pack = kv.shape[1:3]
     row = _word_of_column(kv, chunk) % rows
-    if chunk.merged:
-        column = jax.lax.broadcasted_iota(jnp.int32, row.shape, 1)
-        return pack * row + (column // (chunk.words // chunk.beside) if pack == 4 else column % pack)
-    if pack == 4:
-        return 2 * row + jax.lax.broadcasted_iota(jnp.int32, row.shape, 1) // chunk.words
-    return row if pack == 2 else row // 2
+    in_word = jax.lax.broadcasted_iota(jnp.int32, row.shape, 1) % pack
+    return pack * row + in_word if chunk.merged else (pack * row + in_word) // 2
 
 
 def _between_words(word, kv, seen, first=0):
@@ -805,20 +803,17 @@ def _chunk_of(kv, chunk, is_value, seen):
         return loaded if seen is None else _seen_words(loaded, kv, seen, start, step)
 
     if chunk.merged:
-        return _rows_of_words(load(0, chunk.start, chunk.words), kv.dtype)
+        return pltpu.bitcast(load(0, chunk.start, chunk.words), kv.dtype)
     tiles, beside = [], chunk.beside
     for tile in range(fold * beside):
         if pack == 1:
             tiles.append(load(tile, chunk.start + is_value, chunk.words // 2, 2))
-        elif pack == 2:
-            tile, first = (0, chunk.start + tile) if beside > 1 else (tile, chunk.start)
-            half = chunk.words // (2 * beside)
-            low, high = load(tile, first, half, beside), load(tile, first + half * beside, half, beside)
-            tiles.append((_high_halves if is_value else _low_halves)(low, high))
-        else:
-            tiles.append(_rows_of_words(load(tile, chunk.start, chunk.words), kv.dtype, (is_value, 2 + is_value)))
-    head = jnp.concatenate(tiles, axis=1)
-    return head if pack == 4 else pltpu.bitcast(head, kv.dtype)
+            continue
+        tile, first = (0, chunk.start + tile) if beside > 1 else (tile, chunk.start)
+        half = chunk.words // (2 * beside)
+        low, high = load(tile, first, half, beside), load(tile, first + half * beside, half, beside)
+        tiles.append((_odd_parts if is_value else _even_parts)(low, high, 32 // pack))
+    return pltpu.bitcast(jnp.concatenate(tiles, axis=1), kv.dtype)
 
 
 def _keys_and_value_words(kv, chunk, seen):
@@ -833,7 +828,7 @@ def _keys_and_value_words(kv, chunk, seen):
             first, second = (_seen_words(x, kv, seen, i + j, chunk.beside) for j, x in enumerate((first, second)))
         second = _halves_turned(second)
         is_first = jax.lax.broadcasted_iota(jnp.int32, first.shape, 1) < LANES // 2
-        keys.append(_rows_of_words(jnp.where(is_first, first, second), kv.dtype))
+        keys.append(pltpu.bitcast(jnp.where(is_first, first, second), kv.dtype))
         values.append(jnp.where(is_first, second, first))
     return jnp.concatenate(keys, axis=1), values
 
@@ -846,13 +841,6 @@ def _seen_words(words, kv, seen, first, step):
     """`words` of a KV block, each `step`-th from `first` on, zero where not of a token in `seen`."""
     word = step * jax.lax.broadcasted_iota(jnp.int32, words.shape, 0)
     return jnp.where(_between_words(word, kv, seen, first), words, jnp.zeros_like(words))
-
-
-def _rows_of_words(words, dtype, of_bytes=(0, 1, 2, 3)):
-    """What words ``u32[n, 128]`` hold, row by row as they are packed; 8-bit ones byte by byte."""
-    if dtype.itemsize > 1:
-        return pltpu.bitcast(words, dtype)
-    return jnp.concatenate([_from_byte(words, byte, dtype) for byte in of_bytes]).astype(_compute_dtype(dtype))
 
 
 def _halves_turned(x):
@@ -888,7 +876,7 @@ def _own(call, acc):
 
 def _own_parts(call, shape):
     """For each of the words beside each other, which query heads have their KV head there."""
-    of_word = call.group * (call.cache_hbm.shape[3] if call.merged_kv else 1)
+    of_word = call.group * call.heads_of_word
     word = jax.lax.broadcasted_iota(jnp.int32, shape, 0) // of_word
     return [word % call.words_beside == part for part in range(call.words_beside)]
 
@@ -897,11 +885,8 @@ def _tell_heads_apart(call, d):
     """Fills `d.bias`: zero where a column of scores belongs to a row's head, else what leaves it no weight."""
     kv = d.keys_and_values(NO_PART)
     head_of_row = jax.lax.broadcasted_iota(jnp.int32, (d.q.shape[0], 1), 0) // call.group
-    if call.merged_kv:
-        pack, beside = kv.shape[2], call.words_beside
-        head_of_row = head_of_row // (pack * beside) * (pack * beside) + head_of_row % pack
-    else:
-        head_of_row = head_of_row // call.words_beside * call.words_beside
+    of_beside = call.heads_of_word * call.words_beside
+    head_of_row = head_of_row // of_beside * of_beside + head_of_row % call.heads_of_word
     for chunk in _chunks(call, kv):
         own = head_of_row == _head_of_column(kv, chunk)
         d.bias[:, chunk.columns] = jnp.where(own, 0.0, DEFAULT_MASK_VALUE)
@@ -988,15 +973,15 @@ def _prefill_pass(call, b, decode_some, decoding):
         _for_inputs(call, b, item, parity, _wait)
         _begin_item(call, b, item, parity)
 
-        start = first_block(following) * b.kv.shape[1]
-        stays = jnp.logical_and(next_seq == seq, first_block(following) == _last_block(call, b, item))
+        following_first = first_block(following)
+        stays = jnp.logical_and(next_seq == seq, following_first == _last_block(call, b, item))
 
         def start_inputs():
             pl.when(next_seq < total)(lambda: _for_inputs(call, b, following, 1 - parity, _start))
 
         def start_following(slot):
             wanted = jnp.logical_and(next_seq < total, jnp.logical_not(stays))
-            pl.when(wanted)(lambda: _for_item_pages(call, b, following, first_block(following), slot, _start))
+            pl.when(wanted)(lambda: _for_item_pages(call, b, following, following_first, slot, _start))
 
         ahead = start_inputs, start_following
         first = first_block(item)
@@ -1006,7 +991,7 @@ def _prefill_pass(call, b, decode_some, decoding):
         pl.when(before[0] >= 0)(lambda: _for_rows(call, b, _item(call, b, *before), _wait))
         _finish_item(call, b)
         _for_rows(call, b, item, _start)
-        kept, slot = jnp.where(stays, start // b.kv.shape[1], -1), jnp.where(stays, 1 - slot, slot)
+        kept, slot = jnp.where(stays, following_first, -1), jnp.where(stays, 1 - slot, slot)
         return next_seq, next_block, slot, kept, 1 - parity, (seq, q_block), decoding
 
     for head in range(call.num_q_heads):
@@ -1148,7 +1133,7 @@ def _attend_item(call, b, item, first, kept, carry, start_inputs, start_followin
 
 
 def _patch(call, b, item, block, slot):
-    """The KV block's tokens that the item brings itself, which are on their way to the cache only."""
+    """The KV block's tokens that the item brings itself; the cache gets them from there."""
     first_position = block * b.kv.shape[1]
     start, end = _new_of_block(b, item, block)
 
@@ -1173,7 +1158,7 @@ def _finish_item(call, b):
         b.sums.reset(call, head)  # here, where the store slots are idle
         halves.append(pltpu.bitcast(out.astype(call.o_hbm.dtype).astype(jnp.float32), jnp.uint32))
         if len(halves) == heads_per_word or head + 1 == call.num_q_heads:
-            words = halves[0] if heads_per_word == 1 else _high_halves(halves[0], halves[-1])
+            words = halves[0] if heads_per_word == 1 else _odd_parts(halves[0], halves[-1])
             rows = pl.ds(head // heads_per_word, b.bq, stride=b.o_words.shape[1] // b.bq)
             for tile in range(b.o_words.shape[0]):
                 b.o_words.at[tile][rows, :] = words[:, tile * LANES : (tile + 1) * LANES]
@@ -1426,7 +1411,7 @@ class _Columns:
                 if i >= summed:
                     head, start, width, tile = steps[i - summed]
                     if v is None or tile == tiles[0]:
-                        v = self._with_ones(values(head, start, width).T[-self._value_dim :])
+                        v = self._with_ones(_for_lhs(values(head, start, width)).T[-self._value_dim :])
                     self._sum_up(head, v, width, tile, i - summed)
                 if weighed <= i < len(steps) + weighed:
                     head, _, width, tile = steps[i - weighed]
@@ -1434,7 +1419,7 @@ class _Columns:
                 if i < len(steps):
                     head, start, width, tile = steps[i]
                     if k is None or tile == tiles[0]:
-                        k = keys(head, start, width)
+                        k = _for_lhs(keys(head, start, width))
                         k = jnp.concatenate([k] * 2, axis=1) if self._splits else k
                     self._score(call, head, k, start, width, tile, masked, i)
 
@@ -1664,7 +1649,7 @@ def ragged_paged_attention(
         mask_value=DEFAULT_MASK_VALUE if mask_value is None else mask_value,
         sliding_window=sliding_window,
         soft_cap=soft_cap,
-        v_scale=v_scale,
+        v_scale=(v_scale or 1.0),
         causal=use_causal_mask,
     )
     if q_scale is not None:
@@ -1694,7 +1679,8 @@ def ragged_paged_attention(
         q = q.reshape(num_tokens, q_words, -1, padded_dim)
     q_token = (_odd(q_words), *q.shape[2:]) if in_words else q.shape[1:]
     new_token = (1, 1, *keys.shape[1:]) if joined else (tiles, 1, keys.shape[1], LANES)
-    moved_words = 0 if in_words else max(_odd(q_words), 2 * _odd(keys.shape[1] * keys.dtype.itemsize // 4))
+    new_words = 0 if joined else 2 * _odd(keys.shape[1] * keys.dtype.itemsize // 4)
+    moved_words = 0 if in_words else max(_odd(q_words), new_words)
     o_token = (out_words, heads // out_words, padded_dim) if in_words else (heads, padded_dim)
 
     token_bytes = kv_rows * pack * padded_dim * kv_cache.dtype.itemsize
