@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 KERNEL = Path(__file__).resolve().parent.parent / "kernel.py"
 
@@ -19,6 +20,7 @@ class Shape:
     num_kv_heads: int = 8
     head_dim: int = 128
     page_size: int = 64
+    kv_dtype: str = "bfloat16"  # of the cache
 
     @property
     def num_tokens(self) -> int:
@@ -26,15 +28,17 @@ class Shape:
 
 
 # gpt-oss's heads; of pages, those for which the production kernel has tuned sizes.
-HEADS_64 = {"num_q_heads": 64, "num_kv_heads": 8, "head_dim": 64}
+HEADS_64: dict[str, Any] = {"num_q_heads": 64, "num_kv_heads": 8, "head_dim": 64}
 
 SHAPES = (
     Shape(name="llama-8b decode 1k", batch="decode", context=1024, num_seqs=128),
     Shape(name="llama-8b decode 8k", batch="decode", context=8192, num_seqs=32),
     Shape(name="llama-8b decode 8k page 16", batch="decode", context=8192, num_seqs=32, page_size=16),
     Shape(name="llama-8b decode 8k page 128", batch="decode", context=8192, num_seqs=32, page_size=128),
+    Shape(name="llama-8b decode 8k float8", batch="decode", context=8192, num_seqs=32, kv_dtype="float8_e4m3fn"),
     Shape(name="llama-8b decode 32k", batch="decode", context=32768, num_seqs=8, page_size=128),
     Shape(name="llama-8b prefill 2k", batch="prefill", context=2048, num_seqs=1),
+    Shape(name="llama-8b prefill 2k float8", batch="prefill", context=2048, num_seqs=1, kv_dtype="float8_e4m3fn"),
     Shape(name="llama-8b prefill 8k", batch="prefill", context=8192, num_seqs=1),
     Shape(name="llama-8b mixed", batch="mixed", context=8192, num_seqs=24),
     Shape(name="llama-70b decode 8k", batch="decode", context=8192, num_seqs=32, num_q_heads=64),
@@ -98,6 +102,8 @@ def problem(shape: Shape, *others: Shape) -> str:
         assert count == 1, f"kernel.py has no constant {name}"
     text, count = re.subn(r"^WORKLOADS = \{.*?^\}\n", f"WORKLOADS = {workloads}\n", text, flags=re.M | re.S)
     assert count == 1, "kernel.py has no WORKLOADS"
+    text, count = re.subn(r"^KV_DTYPE = jnp\.\w+", f"KV_DTYPE = jnp.{shape.kv_dtype}", text, flags=re.M)
+    assert count == 1, "kernel.py has no constant KV_DTYPE"
     # Padding of the metadata as engines leave it; ours is judged on garbage elsewhere.
     text = text.replace("rng.integers(2**20, 2**30, ", "rng.integers(0, 1, ")
     return text + LENGTHS

@@ -54,6 +54,20 @@ def test_a_shape_is_in_the_problem():
     assert module["compute_flops"](**arguments) == 2 * 2 * 8 * 128 * kv_lens.sum()
 
 
+@pytest.mark.parametrize(("kv_dtype", "num_kv_heads", "rows"), [("float8_e4m3fn", 4, 2), ("int8", 1, 1)])
+def test_a_shape_says_what_the_cache_is_of(kv_dtype, num_kv_heads, rows):
+    heads = {"num_q_heads": 8, "num_kv_heads": num_kv_heads, "page_size": 16}
+    module = defined(peers.Shape(name="s", batch="decode", context=64, num_seqs=3, kv_dtype=kv_dtype, **heads))
+    arguments = module["WORKLOADS"]["decode"]
+    queries, keys, values, kv_cache, *_ = module["generate_inputs"](jax.random.key(0), **arguments)
+    assert queries.dtype == "bfloat16"
+    assert (keys.dtype, values.dtype, kv_cache.dtype) == (kv_dtype,) * 3
+    assert kv_cache.shape == (3 * 4, 16, rows, 4, 128)
+    _, kv_lens, _ = module["_lengths"](**arguments)
+    # Queries in and output out, two bytes each; the new tokens in and into their slots, and the cached ones.
+    assert module["compute_bytes"](**arguments) == 2 * 3 * 8 * 128 * 2 + 2 * num_kv_heads * 128 * (3 + kv_lens.sum())
+
+
 def test_shapes_have_names_of_their_own():
     assert len({shape.name for shape in peers.SHAPES}) == len(peers.SHAPES)
 
