@@ -41,6 +41,7 @@ BLOCK_SCORES = 2**22  # scores in a basic block, where they do: the compiler tak
 CHUNK_WORDS = 512  # 32-bit words of a KV block whose keys meet a decode's queries at a time
 WORDS_BESIDE = 4  # words of a decode's token whose heads meet the queries at once, where keys and values are merged
 PAGES_TOGETHER = 4  # pages whose copies one turn of a loop starts
+WINDOW_PAGE_TOKENS = 64  # pages that are larger are fetched in parts of so many by a decode with a window
 PIECE_TOKENS = 8  # a decode's last page is fetched in whole pieces of so many tokens
 PART_WORDS = 8192  # 128-lane words of a decode's KV block at a time: fewer take as long, more may be in vain
 DECODES_BESIDE = 2  # KV blocks of decodes that go with one of a prefill
@@ -251,7 +252,7 @@ class _Options:
     mask_value: float
     sliding_window: int | None
     soft_cap: float | None
-    v_scale: float  # of the values as the MXU has them
+    v_scale: float  # what the sums of the values are multiplied by
     causal: bool  # else all of a sequence is seen, and all of it is in the cache already
 
     @property
@@ -364,18 +365,16 @@ def _wait(copy):
     copy.wait()
 
 
-def _for_pages(call, seq, block, start, tokens, kv_vmem, sem, do, piece=None):
+def _for_pages(call, seq, first, start, tokens, kv_vmem, sem, do, page_size, piece):
     """`do(copy)` for each page of a KV block that holds any of a sequence's tokens from `start` to before `tokens`.
 
-    They are started PAGES_TOGETHER at a time, and waited for as if they came in as few copies as can be. `piece`: so
-    many tokens are the least that is fetched of the last page, instead of all of it.
+    The block begins with the page `first`; pages of `page_size` tokens may be parts of the cache's. They are started
+    PAGES_TOGETHER at a time, and waited for as if they came in as few copies as can be. `piece`: so many tokens are the
+    least that is fetched of the last page, instead of all of it.
     """
-    bkv, page_size = kv_vmem.shape[0], call.page_size
-    piece = piece or page_size
-    in_page = page_size // piece
-    first, count = block * (bkv // page_size), bkv // page_size
+    in_page, count = page_size // piece, kv_vmem.shape[0] // page_size
     pieces = jnp.minimum(count * in_page, pl.cdiv(tokens, piece) - first * in_page)
-    skipped = 0 if call.options.sliding_window is None else jnp.maximum(start // page_size - first, 0)
+    skipped = 0 if start is None else jnp.maximum(start // page_size - first, 0)
     target = kv_vmem.at[:, pl.ds(0, call.cache_hbm.shape[2])]
 
     if do is _wait:
@@ -387,8 +386,10 @@ def _for_pages(call, seq, block, start, tokens, kv_vmem, sem, do, piece=None):
 
     def copy(page, token=0, count=page_size):
         slots = target.at[pl.ds(page * page_size + token, count)]
-        tokens = call.cache_hbm.at[call.page_of(seq, first + page), pl.ds(token, count)]
-        do(pltpu.make_async_copy(tokens, slots, sem))
+        page, parts = first + page, call.page_size // page_size
+        if parts > 1:
+            page, token = page // parts, jax.lax.rem(page, parts) * page_size + token
+        do(pltpu.make_async_copy(call.cache_hbm.at[call.page_of(seq, page), pl.ds(token, count)], slots, sem))
 
     pages, last = jax.lax.div(pieces, in_page), jax.lax.rem(pieces, in_page)
     for bit in range((in_page - 1).bit_length()):
@@ -464,14 +465,17 @@ def _part_tokens(bkv, token_words):
     return part if part * token_words == PART_WORDS and bkv % part == 0 else bkv
 
 
-def _decode_first_seen(call, seq):
-    return call.first_seen(call.kv_lens[seq] - 1)
+def _decode_page_tokens(page_size, sliding_window):
+    """Tokens that one copy brings for a decode; its first KV block begins with as many, of which it sees some."""
+    return page_size if sliding_window is None else math.gcd(page_size, WINDOW_PAGE_TOKENS)
 
 
-def _first_decode_block(call, d, seq):
-    """The KV block in which a decode begins; `seq` may be past the last one."""
-    last = jnp.maximum(call.distribution[2] - 1, 0)
-    return 0 if call.options.sliding_window is None else _decode_first_seen(call, jnp.minimum(seq, last)) // d.bkv
+def _left_out(call, seq):
+    """How many tokens come before a decode's first KV block."""
+    if call.options.sliding_window is None:
+        return 0
+    page_size = _decode_page_tokens(call.page_size, call.options.sliding_window)
+    return call.first_seen(call.kv_lens[seq] - 1) // page_size * page_size
 
 
 def _next_decode(call, seq):
@@ -481,7 +485,7 @@ def _next_decode(call, seq):
 def _for_decode_block(call, d, seq, block, slot, do):
     """`do(copy)` of a KV block's pages, and with the first one of the queries and the new token."""
 
-    @pl.when(block == _decode_first_seen(call, seq) // d.bkv)
+    @pl.when(block == 0)
     def _():
         row = call.cu_q_lens[seq]
         do(pltpu.make_async_copy(call.q_hbm.at[pl.ds(row, 1)], d.q_ring.at[slot], d.ring_sems.at[slot]))
@@ -491,8 +495,9 @@ def _for_decode_block(call, d, seq, block, slot, do):
 
     kv, sem = d.kv_ring.at[slot], d.ring_sems.at[slot]
     in_cache = call.kv_lens[seq] - 1 if call.options.causal else call.kv_lens[seq]
-    piece = math.gcd(PIECE_TOKENS, call.page_size)
-    _for_pages(call, seq, block, _decode_first_seen(call, seq), in_cache, kv, sem, do, piece)
+    page_size = _decode_page_tokens(call.page_size, call.options.sliding_window)
+    first = _left_out(call, seq) // page_size + block * (d.bkv // page_size)
+    _for_pages(call, seq, first, None, in_cache, kv, sem, do, page_size, math.gcd(PIECE_TOKENS, page_size))
 
 
 def _fetch_decode_block(call, d, ahead):
@@ -504,10 +509,10 @@ def _fetch_decode_block(call, d, ahead):
     def _():
         _for_decode_block(call, d, seq, block, slot, _start)
 
-    last = block + 1 >= pl.cdiv(call.kv_lens[jnp.minimum(seq, jnp.maximum(total - 1, 0))], d.bkv)
+    some = jnp.minimum(seq, jnp.maximum(total - 1, 0))
+    last = block + 1 >= pl.cdiv(call.kv_lens[some] - _left_out(call, some), d.bkv)
     after = _next_decode(call, jnp.where(last, jnp.minimum(seq + 1, total), seq))
-    first = _first_decode_block(call, d, after)
-    return after, jnp.where(last, first, block + 1), jax.lax.rem(slot + 1, d.buffers)
+    return after, jnp.where(last, 0, block + 1), jax.lax.rem(slot + 1, d.buffers)
 
 
 def _for_decode_results(call, d, seq, number, do):
@@ -525,7 +530,7 @@ def _for_decode_results(call, d, seq, number, do):
 def _begin_decodes(call, d):
     """The state before the first block of the first decode; the first fetches are on their way."""
     first, zero = _next_decode(call, jnp.int32(0)), jnp.int32(0)
-    ahead = (first, jnp.int32(_first_decode_block(call, d, first)), zero)
+    ahead = first, zero, zero
     state = (*ahead, ahead, jax.tree.map(jnp.int32, NO_PART), zero, zero)
     for _ in range(d.buffers - 1):
         ahead = _fetch_decode_block(call, d, ahead)
@@ -556,17 +561,17 @@ def _decode_some_blocks(call, d, state):
 def _decode_one_block(call, d, state):
     seq, block, slot, ahead, pending, count, before = state
     results = d.out_sems.shape[0]
-    first_seen = _decode_first_seen(call, seq)
-    first, last = first_seen // d.bkv, pl.cdiv(call.kv_lens[seq], d.bkv) - 1
+    left_out, kv_len = _left_out(call, seq), call.kv_lens[seq]
+    last = pl.cdiv(kv_len - left_out, d.bkv) - 1
 
-    @pl.when(jnp.logical_and(block == first, count >= results))
+    @pl.when(jnp.logical_and(block == 0, count >= results))
     def _():
         _for_decode_results(call, d, seq, count, _wait)
 
     _for_decode_block(call, d, seq, block, slot, _wait)
-    pl.when(block == first)(lambda: _begin_decode(call, d, slot, jax.lax.rem(count, results)))
-    start = jnp.int32(0) if call.options.sliding_window is None else jnp.maximum(first_seen - block * d.bkv, 0)
-    tokens = call.kv_lens[seq] - block * d.bkv
+    pl.when(block == 0)(lambda: _begin_decode(call, d, slot, jax.lax.rem(count, results)))
+    offset = left_out + block * d.bkv
+    first_seen, tokens = call.first_seen(kv_len - 1) - offset, kv_len - offset
     if call.options.causal:
 
         @pl.when(block == last)
@@ -577,17 +582,17 @@ def _decode_one_block(call, d, state):
     parts = pl.cdiv(jnp.minimum(tokens, d.bkv), d.part_tokens)
 
     def step(part, pending):
-        begins = jnp.logical_and(block == first, part == start // d.part_tokens).astype(jnp.int32)
+        begins = jnp.logical_and(block == 0, part == 0).astype(jnp.int32)
         ends = jnp.logical_and(block == last, part == parts - 1).astype(jnp.int32)
         offset = part * d.part_tokens
-        current = _Part(slot, part, start - offset, tokens - offset, begins, ends)
+        current = _Part(slot, part, first_seen - offset, tokens - offset, begins, ends)
         return _decode_part(call, d, current, pending, before, count - 1)
 
-    pending = jax.lax.fori_loop(start // d.part_tokens, parts, step, pending)
+    pending = jax.lax.fori_loop(0, parts, step, pending)
     ahead = _fetch_decode_block(call, d, ahead)
     done = block == last
     after = _next_decode(call, jnp.where(done, seq + 1, seq))
-    block = jnp.where(done, _first_decode_block(call, d, after), block + 1)
+    block = jnp.where(done, 0, block + 1)
     count, before = count + done.astype(jnp.int32), jnp.where(done, seq, before)
     return after, block, jax.lax.rem(slot + 1, d.buffers), ahead, pending, count, before
 
@@ -1090,9 +1095,11 @@ def _for_item_pages(call, b, item, block, slot, do, kept=None):
 
     None of the block that is `kept`: it is there from the item before.
     """
-    start, end = call.first_seen(item.position), item.position if call.options.causal else call.kv_lens[item.seq]
+    start = None if call.options.sliding_window is None else call.first_seen(item.position)
+    end = item.position if call.options.causal else call.kv_lens[item.seq]
     end = end if kept is None else jnp.where(block == kept, 0, end)
-    _for_pages(call, item.seq, block, start, end, b.kv.at[slot], b.kv_sems.at[slot], do)
+    page_size, first = call.page_size, block * (b.kv.shape[1] // call.page_size)
+    _for_pages(call, item.seq, first, start, end, b.kv.at[slot], b.kv_sems.at[slot], do, page_size, page_size)
 
 
 def _attend_item(call, b, item, first, kept, carry, start_inputs, start_following, decode_some):
@@ -1592,9 +1599,10 @@ def ragged_paged_attention(
       queries: ``[T, Hq, D]`` bfloat16 or float32, ``Hq`` a multiple of ``Hkv``.
       keys, values: ``[T, Hkv, D]``, the new tokens' keys and values, of the cache's dtype.
       kv_cache: ``[P, page_size, ceil(2 * Hkv / pack), pack, align(D, 128)]`` with ``pack = 32 / bits of the dtype``:
-        heads interleaved k0, v0, k1, v1 … over the two middle axes; bfloat16, float32, int8, float8_e4m3fn or
-        float8_e5m2. Donate it: it is updated in place. With ``merged_kv`` it is ``[P, page_size, ceil(Hkv / pack),
-        pack, 128]``: a row is a head's keys in lanes 0 to 63 and its values in the others, half as many bytes.
+        heads interleaved k0, v0, k1, v1 … over the two middle axes; bfloat16, float32, int8, float8_e4m3fn, of which a
+        NaN is read as 480 before TPU7x, or float8_e5m2. Donate it: it is updated in place. With ``merged_kv`` it is
+        ``[P, page_size, ceil(Hkv / pack), pack, 128]``: a row is a head's keys in lanes 0 to 63 and its values in the
+        others, half as many bytes.
       kv_lens: ``i32[S]``, tokens of each sequence in the cache, the new ones counted.
       page_indices: ``i32[S * pages_per_seq]``, the pages of sequence ``s`` from ``s * pages_per_seq`` on; those before
         the windows of all queries are never read.
@@ -1649,7 +1657,7 @@ def ragged_paged_attention(
         mask_value=DEFAULT_MASK_VALUE if mask_value is None else mask_value,
         sliding_window=sliding_window,
         soft_cap=soft_cap,
-        v_scale=(v_scale or 1.0),
+        v_scale=v_scale or 1.0,
         causal=use_causal_mask,
     )
     if q_scale is not None:
@@ -1690,7 +1698,7 @@ def ragged_paged_attention(
     columns_per_token = kv_rows * pack // _values_of_column(beside, merged_kv)
     key_dim = max(beside * (LANES // 2 if merged_kv else LANES), padded_dim)
     # Wide sums are scaled half as often in blocks twice as long; beside an option's own needs, TPU7x lacks the VMEM,
-    # and its compiler the time where 8-bit keys and values are unpacked: 379 s instead of 147.
+    # and its compiler the time where keys and values have 8 bits.
     is_plain = sliding_window is None and soft_cap is None and attention_sink is None and kv_cache.dtype.itemsize > 1
     is_long = _generation() == 6 or (_generation() >= 7 and is_plain)
     if is_long and tiles > 1 and own_bkv * token_bytes <= 2 * 2**20:
@@ -1706,7 +1714,10 @@ def ragged_paged_attention(
     unpacked = 2 if kv_cache.dtype.itemsize == 1 else 1  # by the same basic block
     own_bkv *= _num_segments(num_kv_heads, own_bq * num_q_heads * own_bkv * unpacked)
     longest = page_indices.shape[0] // kv_lens.shape[0] * page_size
-    own = min(_decode_block_tokens(token_bytes, page_size), longest), own_bkv, min(own_bq, num_tokens)
+    decode_bkv = _decode_block_tokens(token_bytes, page_size)
+    if sliding_window is not None:
+        decode_bkv = _window_block_tokens(sliding_window, decode_bkv, page_size, kv_rows, tiles)
+    own = min(decode_bkv, longest), own_bkv, min(own_bq, num_tokens)
     given = (d_block_sizes or (1, None))[1], given_bkv, given_bq and min(given_bq, num_tokens)
     sums = _Columns if _generation() >= 6 else _Rows
 
@@ -1814,6 +1825,16 @@ def _decode_block_tokens(token_bytes, page_size):
     """
     block_bytes = DECODE_BLOCK_PAGES * 32 * 4096 * (4 if _generation() >= 7 else 1)
     return max(block_bytes // (token_bytes * page_size), 1) * page_size
+
+
+def _window_block_tokens(sliding_window, most, page_size, kv_rows, tiles):
+    """Tokens of a KV block of a decode with a window: of blocks with `most` tokens and parts at most it has as few as
+    can be, all of a size, in whole chunks."""
+    page_size = _decode_page_tokens(page_size, sliding_window)
+    span = sliding_window - 1 + page_size
+    count = pl.cdiv(span, min(most, PART_WORDS // (kv_rows * tiles)))
+    chunk = CHUNK_WORDS // math.gcd(CHUNK_WORDS, kv_rows)
+    return min(_align(pl.cdiv(span, count), math.lcm(chunk, page_size)), most)
 
 
 def _fitting(scratch, vmem_limit_bytes, own, given, page_size):
