@@ -1997,12 +1997,14 @@ KV_DTYPE = jnp.bfloat16  # of the cache, and of new keys and values
 PACK = 4 // jnp.dtype(KV_DTYPE).itemsize  # of those in 32 bits
 MERGED_KV = HEAD_DIM == LANES // 2  # a row of the cache is a head's keys and values, beside each other
 SM_SCALE = HEAD_DIM**-0.5
-SLIDING_WINDOW = 512  # tokens that a query sees at most; None: all before it
+SLIDING_WINDOW = None  # tokens that a query sees at most; None: all before it
 
 # name → keyword arguments of generate_inputs, compute_flops, compute_bytes and get_tiling_meta. `batch` names how the
 # lengths are drawn (see _lengths), the rest are shapes: token rows, sequence slots, pages in the pool, tokens a page.
 WORKLOADS = {
-    "decode": {"batch": "decode", "num_tokens": 32, "num_seqs": 32, "num_pages": 2048, "page_size": 32},
+    "decode": {"batch": "decode", "num_tokens": 64, "num_seqs": 64, "num_pages": 4096, "page_size": 32},
+    "prefill": {"batch": "prefill", "num_tokens": 8192, "num_seqs": 8, "num_pages": 512, "page_size": 32},
+    "mixed": {"batch": "mixed", "num_tokens": 2048, "num_seqs": 64, "num_pages": 4096, "page_size": 32},
 }
 # name → what a check set changes in each workload; every shape stays, so that the artifact that is timed is checked.
 # None is drawn by the judge, anew for each judging; `races` is also what the strict interpreter runs.
