@@ -21,6 +21,7 @@ class Shape:
     head_dim: int = 128
     page_size: int = 64
     kv_dtype: str = "bfloat16"  # of the cache
+    sliding_window: int | None = None  # tokens that a query sees at most
 
     @property
     def num_tokens(self) -> int:
@@ -36,6 +37,7 @@ SHAPES = (
     Shape(name="llama-8b decode 8k page 16", batch="decode", context=8192, num_seqs=32, page_size=16),
     Shape(name="llama-8b decode 8k page 128", batch="decode", context=8192, num_seqs=32, page_size=128),
     Shape(name="llama-8b decode 8k float8", batch="decode", context=8192, num_seqs=32, kv_dtype="float8_e4m3fn"),
+    Shape(name="llama-8b decode 8k window 1k", batch="decode", context=8192, num_seqs=32, sliding_window=1024),
     Shape(name="llama-8b decode 32k", batch="decode", context=32768, num_seqs=8, page_size=128),
     Shape(name="llama-8b prefill 2k", batch="prefill", context=2048, num_seqs=1),
     Shape(name="llama-8b prefill 2k float8", batch="prefill", context=2048, num_seqs=1, kv_dtype="float8_e4m3fn"),
@@ -102,8 +104,10 @@ def problem(shape: Shape, *others: Shape) -> str:
         assert count == 1, f"kernel.py has no constant {name}"
     text, count = re.subn(r"^WORKLOADS = \{.*?^\}\n", f"WORKLOADS = {workloads}\n", text, flags=re.M | re.S)
     assert count == 1, "kernel.py has no WORKLOADS"
-    text, count = re.subn(r"^KV_DTYPE = jnp\.\w+", f"KV_DTYPE = jnp.{shape.kv_dtype}", text, flags=re.M)
-    assert count == 1, "kernel.py has no constant KV_DTYPE"
+    values = {"KV_DTYPE": (r"jnp\.\w+", f"jnp.{shape.kv_dtype}"), "SLIDING_WINDOW": ("None", str(shape.sliding_window))}
+    for name, (old, new) in values.items():
+        text, count = re.subn(rf"^{name} = {old}", f"{name} = {new}", text, flags=re.M)
+        assert count == 1, f"kernel.py has no constant {name}"
     # Padding of the metadata as engines leave it; ours is judged on garbage elsewhere.
     text = text.replace("rng.integers(2**20, 2**30, ", "rng.integers(0, 1, ")
     return text + LENGTHS

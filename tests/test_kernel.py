@@ -399,6 +399,31 @@ def test_a_decode_s_last_block_in_parts(dtype, window, monkeypatch):
     check(shape, [1] * 10, [1, 31, 32, 33, 64, 65, 95, 96, 97, 128])
 
 
+@pytest.mark.parametrize("window", [1, 8, 21])
+def test_a_decode_begins_where_its_window_does(window, monkeypatch):
+    """With a part of a page of 32; its blocks are one or two, seen in part or not at all before the window."""
+    sizes = {"WINDOW_PAGE_TOKENS": 8, "CHUNK_WORDS": 16, "PART_WORDS": 32, "KV_BLOCK_PAGES": 2, "Q_BLOCK_TOKENS": 8}
+    for name, value in sizes.items():
+        monkeypatch.setattr(kernel, name, value)
+    shape = Shape(tokens=16, seqs=10, pages=30, page=32, dtype=BF16, kv_pages=None, sliding_window=window)
+    check(shape, [1, 1, 1, 1, 1, 1, 1, 1, 4, 1], [1, 7, 8, 9, 28, 29, 65, 96, 100, 128])
+
+
+@pytest.mark.parametrize(
+    ("window", "page_size", "kv_rows", "tokens"),
+    [
+        (128, 64, 8, 192),  # a page and all of the window but one token, in chunks of 64 tokens
+        (128, 256, 8, 192),  # a quarter of a page
+        (128, 16, 8, 192),
+        (128, 64, 1, 512),  # a chunk
+        (1024, 64, 8, 384),  # three blocks, since two of 512 have too few
+        (4096, 64, 8, 512),
+    ],
+)
+def test_a_decode_s_block_is_as_large_as_its_window(window, page_size, kv_rows, tokens):
+    assert kernel._window_block_tokens(window, 4096 // kv_rows, page_size, kv_rows, 1) == tokens
+
+
 def test_a_decode_s_block_has_as_many_bytes_whatever_a_token_has(monkeypatch):
     assert kernel._decode_block_tokens(4096, 32) == 512
     assert kernel._decode_block_tokens(512, 64) == 4096

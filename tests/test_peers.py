@@ -68,6 +68,21 @@ def test_a_shape_says_what_the_cache_is_of(kv_dtype, num_kv_heads, rows):
     assert module["compute_bytes"](**arguments) == 2 * 3 * 8 * 128 * 2 + 2 * num_kv_heads * 128 * (3 + kv_lens.sum())
 
 
+@pytest.mark.parametrize("window", [1, 60, 5000])
+def test_what_a_window_leaves_is_what_counts(window):
+    heads = {"num_q_heads": 8, "num_kv_heads": 4, "page_size": 16}
+    shape = peers.Shape(name="s", batch="mixed", context=4000, num_seqs=4, sliding_window=window, **heads)
+    module = defined(shape)
+    arguments = module["WORKLOADS"]["mixed"]
+    q_lens, kv_lens, _ = module["_lengths"](**arguments)
+    firsts = kv_lens - q_lens
+    seen = [[min(i + 1, window) for i in range(first, last)] for first, last in zip(firsts, kv_lens, strict=True)]
+    assert module["compute_flops"](**arguments) == 2 * 2 * 8 * 128 * sum(map(sum, seen))
+    cached = sum(min(first, window - 1) for first in firsts)
+    new = q_lens.sum()
+    assert module["compute_bytes"](**arguments) == 2 * new * 8 * 128 * 2 + (2 * new + cached) * 2 * 4 * 128 * 2
+
+
 def test_shapes_have_names_of_their_own():
     assert len({shape.name for shape in peers.SHAPES}) == len(peers.SHAPES)
 

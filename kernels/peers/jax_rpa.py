@@ -28,6 +28,7 @@ def kernel_fn(queries, keys, values, kv_cache, kv_lens, page_indices, cu_q_lens,
         cu_q_lens,
         distribution[2:],
         sm_scale=SM_SCALE,  # noqa: F821
+        sliding_window=SLIDING_WINDOW,  # noqa: F821
         vmem_limit_bytes=pltpu.get_tpu_info().vmem_capacity_bytes * 15 // 16,  # its tuned blocks need more than 16 MiB
     )
     return out, kv_cache

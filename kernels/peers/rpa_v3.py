@@ -35,12 +35,13 @@ def _block_sizes(queries, kv_cache, num_kv_heads, num_seqs, pages_per_seq, case)
 @functools.partial(jax.jit, donate_argnames=("queries", "keys", "values", "kv_cache"))
 def kernel_fn(queries, keys, values, kv_cache, kv_lens, page_indices, cu_q_lens, distribution):
     arrays = (queries, keys, values, kv_cache, kv_lens, page_indices, cu_q_lens, distribution)
+    options = {"sm_scale": SM_SCALE, "sliding_window": SLIDING_WINDOW}  # noqa: F821
     if MERGED_KV:  # noqa: F821
-        return ragged_paged_attention_hd64(*arrays, sm_scale=SM_SCALE)  # noqa: F821
+        return ragged_paged_attention_hd64(*arrays, **options)
     sizes = {}
     if SMALLER > 1:
         num_seqs = kv_lens.shape[0]
         call = (queries, kv_cache, keys.shape[1], num_seqs, page_indices.shape[0] // num_seqs)
         sizes["p_block_sizes"] = _block_sizes(*call, RpaCase.PREFILL)
         sizes["m_block_sizes"] = _block_sizes(*call, RpaCase.MIXED)
-    return rpa_v3(*arrays, sm_scale=SM_SCALE, **sizes)  # noqa: F821
+    return rpa_v3(*arrays, **options, **sizes)
