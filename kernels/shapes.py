@@ -93,21 +93,20 @@ def problem(shape: Shape, *others: Shape) -> str:
         }
         for one in (shape, *others)
     }
+    number, dtype = r"\d+", r"jnp\.\w+"
     constants = {
-        "NUM_Q_HEADS": shape.num_q_heads,
-        "NUM_KV_HEADS": shape.num_kv_heads,
-        "HEAD_DIM": shape.head_dim,
-        "MAX_CONTEXT": shape.context,
+        "NUM_Q_HEADS": (number, str(shape.num_q_heads)),
+        "NUM_KV_HEADS": (number, str(shape.num_kv_heads)),
+        "HEAD_DIM": (number, str(shape.head_dim)),
+        "MAX_CONTEXT": (number, str(shape.context)),
+        "KV_DTYPE": (dtype, f"jnp.{shape.kv_dtype}"),
+        "SLIDING_WINDOW": ("None", str(shape.sliding_window)),
     }
-    for name, value in constants.items():
-        text, count = re.subn(rf"^{name} = \d+", f"{name} = {value}", text, flags=re.M)
+    for name, (old, new) in constants.items():
+        text, count = re.subn(rf"^{name} = {old}", f"{name} = {new}", text, flags=re.M)
         assert count == 1, f"kernel.py has no constant {name}"
     text, count = re.subn(r"^WORKLOADS = \{.*?^\}\n", f"WORKLOADS = {workloads}\n", text, flags=re.M | re.S)
     assert count == 1, "kernel.py has no WORKLOADS"
-    values = {"KV_DTYPE": (r"jnp\.\w+", f"jnp.{shape.kv_dtype}"), "SLIDING_WINDOW": ("None", str(shape.sliding_window))}
-    for name, (old, new) in values.items():
-        text, count = re.subn(rf"^{name} = {old}", f"{name} = {new}", text, flags=re.M)
-        assert count == 1, f"kernel.py has no constant {name}"
     # Padding of the metadata as engines leave it; ours is judged on garbage elsewhere.
     text = text.replace("rng.integers(2**20, 2**30, ", "rng.integers(0, 1, ")
     return text + LENGTHS
