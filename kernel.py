@@ -47,7 +47,7 @@ PART_WORDS = 8192  # 128-lane words of a decode's KV block at a time: fewer take
 DECODES_BESIDE = 2  # KV blocks of decodes that go with one of a prefill
 VMEM_BYTES = 96 * 2**20  # that the kernel may have if nothing is said and the chip has as much
 COMPILERS_OWN_BYTES = 3 * 2**18  # of VMEM, beside the kernel's buffers: registers that it spills, sinks
-DECODE_BUFFERS = 4  # KV blocks of decodes in VMEM: two in work, the others on their way
+DECODE_BUFFERS = 5  # KV blocks of decodes in VMEM, or one less: two in work, the others on their way
 SEGMENTS_OF_ROWS = 2  # segments of prefills' KV blocks, those of all KV heads counted, that are worth having in work
 SEGMENTS_OF_COLUMNS = 8  # the same where scores stand on their side
 DECODE_RESULTS = 4  # decodes whose output and new token are on their way
@@ -321,6 +321,10 @@ class _Call:
         return self.cache_hbm.shape[1]
 
     @property
+    def decode_page_tokens(self):
+        return _decode_page_tokens(self.page_size, self.options.sliding_window)
+
+    @property
     def num_tokens(self):
         return self.q_hbm.shape[0]
 
@@ -441,8 +445,9 @@ class _Decode:
     def part_tokens(self):
         return _part_tokens(self.bkv, self.kv_ring.shape[2] * self.kv_ring.shape[4] // LANES)
 
-    def keys_and_values(self, part):
-        return self.kv_ring.at[part.slot, pl.ds(part.number * self.part_tokens, self.part_tokens)]
+    def keys_and_values(self, part, tokens=None):
+        """All `tokens` of a part, or so many of the first."""
+        return self.kv_ring.at[part.slot, pl.ds(part.number * self.part_tokens, tokens or self.part_tokens)]
 
 
 class _Part(NamedTuple):
@@ -474,8 +479,7 @@ def _left_out(call, seq):
     """How many tokens come before a decode's first KV block."""
     if call.options.sliding_window is None:
         return 0
-    page_size = _decode_page_tokens(call.page_size, call.options.sliding_window)
-    return call.first_seen(call.kv_lens[seq] - 1) // page_size * page_size
+    return call.first_seen(call.kv_lens[seq] - 1) // call.decode_page_tokens * call.decode_page_tokens
 
 
 def _next_decode(call, seq):
@@ -495,7 +499,7 @@ def _for_decode_block(call, d, seq, block, slot, do):
 
     kv, sem = d.kv_ring.at[slot], d.ring_sems.at[slot]
     in_cache = call.kv_lens[seq] - 1 if call.options.causal else call.kv_lens[seq]
-    page_size = _decode_page_tokens(call.page_size, call.options.sliding_window)
+    page_size = call.decode_page_tokens
     first = _left_out(call, seq) // page_size + block * (d.bkv // page_size)
     _for_pages(call, seq, first, None, in_cache, kv, sem, do, page_size, math.gcd(PIECE_TOKENS, page_size))
 
@@ -608,8 +612,17 @@ def _decode_part(call, d, current, pending, seq, number):
         return whole if call.options.sliding_window is None else jnp.logical_and(whole, part.start <= 0)
 
     whole = jnp.logical_and(is_whole(current), is_whole(pending))
-    pl.when(whole)(lambda: _score_and_weigh(call, d, current, pending, masked=False))
-    pl.when(jnp.logical_not(whole))(lambda: _score_and_weigh(call, d, current, pending, masked=True))
+    work = functools.partial(_score_and_weigh, call, d, current, pending)
+    pl.when(whole)(lambda: work(d.part_tokens, d.part_tokens, masked=False))
+
+    @pl.when(jnp.logical_not(whole))
+    def _():
+        for to_score, is_scored in _halves(d, current):
+
+            @pl.when(is_scored)
+            def _(to_score=to_score):
+                for to_weigh, is_weighed in _halves(d, pending):
+                    pl.when(is_weighed)(functools.partial(work, to_score, to_weigh, masked=True))
 
     @pl.when(pending.ends == 1)
     def _():
@@ -620,6 +633,15 @@ def _decode_part(call, d, current, pending, seq, number):
         _reset_sums(call, d)
 
     return current
+
+
+def _halves(d, part):
+    """``(tokens, when)``: half of a part is in work where no more of it is seen, else all; or always all, if half of it
+    is not whole chunks."""
+    half = d.part_tokens // 2
+    if d.part_tokens * d.kv_ring.shape[2] % (2 * CHUNK_WORDS):
+        return ((d.part_tokens, True),)
+    return (half, part.end <= half), (d.part_tokens, part.end > half)
 
 
 def _finish_decodes(call, d, state):
@@ -673,16 +695,16 @@ def _between(shape, axis, start, end):
     return index < end if start is None else jnp.logical_and(index >= start, index < end)
 
 
-def _score_and_weigh(call, d, current, pending, *, masked):
-    """All query heads against the keys of the `current` part, and the values of the `pending` one.
+def _score_and_weigh(call, d, current, pending, to_score, to_weigh, *, masked):
+    """All query heads against the first `to_score` keys of the `current` part, and `to_weigh` values of the `pending`.
 
     While one waits for the MXU or the lane reductions, the other works; the scores of the one go where those of the
-    other have been taken from.
+    other have been taken from, and where there are none for it, what may be weighed with it has no weight.
 
     The keys of all heads, in the order in which they lie in memory, meet all query rows: the MXU takes as long for one
     row as for its fill of weights, and what is not a row's own head has no weight.
     """
-    kv, before = d.keys_and_values(current), d.keys_and_values(pending)
+    kv, before = d.keys_and_values(current, to_score), d.keys_and_values(pending, to_weigh)
     seen, seen_before = (_seen_of(call, part) if masked else None for part in (current, pending))
     q, m_old = d.q[...], d.m[...]
     m_new = jnp.maximum(m_old, jnp.max(d.top[...], axis=1, keepdims=True))
@@ -713,12 +735,18 @@ def _score_and_weigh(call, d, current, pending, *, masked):
         d.s[:, chunk.columns] = s
         return _lane_max(s)
 
-    for chunk in _chunks(call, kv):
+    for chunk in _chunks(call, before):
         l_of_chunk, pv_of_chunk = weigh(chunk)
         l_new, pv = l_new + l_of_chunk, pv + pv_of_chunk
     for chunk in _chunks(call, kv):
         most = score(chunk)
         top = most if top is None else jnp.maximum(top, most)
+    if to_score < d.part_tokens:
+        no_scores = d.s.at[:, d.s.shape[1] // 2 :]
+        no_scores[...] = jnp.full_like(no_scores, DEFAULT_MASK_VALUE)
+        if d.v is not None:
+            no_values = d.v.at[:, d.v.shape[1] // 2 :]
+            no_values[...] = jnp.zeros_like(no_values)
     d.l[...], d.acc[...], d.top[...] = l_new, pv, top
     m_first = jnp.full_like(m_new, call.options.mask_value) if call.sink is None else call.sink[...]
     d.m[...] = jnp.where(current.begins == 1, m_first, m_new)
@@ -780,7 +808,7 @@ def _word_of_column(kv, chunk):
         return chunk.start + chunk.beside * (column // pack)
     if pack == 1:
         return chunk.start + 2 * column
-    return chunk.start + chunk.beside * (column // pack + column % 2 * (chunk.words // (2 * chunk.beside)))
+    return chunk.start + chunk.beside * (2 * (column // pack) + column % 2)
 
 
 def _head_of_column(kv, chunk):
@@ -802,10 +830,11 @@ def _chunk_of(kv, chunk, is_value, seen):
     *_, pack, head_dim = kv.shape
     fold = head_dim // LANES
     words = _words(kv)
+    of_one_token = pack > 1 and not chunk.merged and kv.shape[1] % (2 * chunk.beside) == 0  # both words of a row
 
     def load(tile, start, count, step=1):
         loaded = words[_strided(start * fold + tile, count, step * fold), :]
-        return loaded if seen is None else _seen_words(loaded, kv, seen, start, step)
+        return loaded if seen is None or of_one_token else _seen_words(loaded, kv, seen, start, step)
 
     if chunk.merged:
         return pltpu.bitcast(load(0, chunk.start, chunk.words), kv.dtype)
@@ -815,9 +844,10 @@ def _chunk_of(kv, chunk, is_value, seen):
             tiles.append(load(tile, chunk.start + is_value, chunk.words // 2, 2))
             continue
         tile, first = (0, chunk.start + tile) if beside > 1 else (tile, chunk.start)
-        half = chunk.words // (2 * beside)
-        low, high = load(tile, first, half, beside), load(tile, first + half * beside, half, beside)
-        tiles.append((_odd_parts if is_value else _even_parts)(low, high, 32 // pack))
+        half, step = chunk.words // (2 * beside), 2 * beside
+        low, high = load(tile, first, half, step), load(tile, first + beside, half, step)
+        both = (_odd_parts if is_value else _even_parts)(low, high, 32 // pack)
+        tiles.append(both if seen is None or not of_one_token else _seen_words(both, kv, seen, first, step))
     return pltpu.bitcast(jnp.concatenate(tiles, axis=1), kv.dtype)
 
 
@@ -1721,15 +1751,15 @@ def ragged_paged_attention(
     given = (d_block_sizes or (1, None))[1], given_bkv, given_bq and min(given_bq, num_tokens)
     sums = _Columns if _generation() >= 6 else _Rows
 
-    def scratch(decode_bkv, bkv, bq):
+    def scratch(decode_buffers, decode_bkv, bkv, bq):
         value_words, part = (), _part_tokens(decode_bkv, kv_rows * tiles)
         if merged_kv and beside > 1:
             value_words = (pltpu.VMEM((beside // 2, part * kv_rows // beside, LANES), jnp.uint32),)
         return [
             (
-                pltpu.VMEM((DECODE_BUFFERS, 1, *q.shape[1:]), q.dtype),
-                *(pltpu.VMEM((DECODE_BUFFERS, *new_token), keys.dtype) for _ in range(2)),
-                pltpu.VMEM((DECODE_BUFFERS, decode_bkv, kv_rows, pack, padded_dim), kv_cache.dtype),
+                pltpu.VMEM((decode_buffers, 1, *q.shape[1:]), q.dtype),
+                *(pltpu.VMEM((decode_buffers, *new_token), keys.dtype) for _ in range(2)),
+                pltpu.VMEM((decode_buffers, decode_bkv, kv_rows, pack, padded_dim), kv_cache.dtype),
                 pltpu.VMEM((heads, key_dim), q.dtype),
                 pltpu.VMEM((DECODE_RESULTS, tiles, _odd(kv_rows), LANES), jnp.uint32),
                 pltpu.VMEM((DECODE_RESULTS, 1, _odd(out_words), LANES), jnp.uint32)
@@ -1738,7 +1768,7 @@ def ragged_paged_attention(
                 *(pltpu.VMEM((heads, LANES), jnp.float32) for _ in range(3)),
                 pltpu.VMEM((heads, key_dim), jnp.float32),
                 *(pltpu.VMEM((heads, part * columns_per_token), jnp.float32) for _ in range(2)),
-                pltpu.SemaphoreType.DMA((DECODE_BUFFERS,)),
+                pltpu.SemaphoreType.DMA((decode_buffers,)),
                 pltpu.SemaphoreType.DMA((DECODE_RESULTS,)),
                 *value_words,
             ),
@@ -1838,15 +1868,21 @@ def _window_block_tokens(sliding_window, most, page_size, kv_rows, tiles):
 
 
 def _fitting(scratch, vmem_limit_bytes, own, given, page_size):
-    """(decode_bkv, bkv, bq): those `given`, and of the kernel's `own` what VMEM has room for.
+    """(decode_buffers, decode_bkv, bkv, bq): those `given`, and of the kernel's `own` what VMEM has room for.
 
-    Where the buffers of `scratch(decode_bkv, bkv, bq)` need more, the own sizes are halved, the decodes' until they are
-    those of prefills, since theirs cost least, then all in turn. KV blocks stay whole pages of LANES tokens or more.
+    Where the buffers of `scratch(…)` need more, decodes have one KV block less. Where that is not enough, the own
+    sizes are halved, the decodes' until they are those of prefills, since theirs cost least, then all in turn, while
+    half a KV block is whole pages and whole LANES.
     """
     sizes = [own_size if size is None else size for own_size, size in zip(own, given, strict=True)]
     units = math.lcm(page_size, LANES), math.lcm(page_size, LANES), 8
     turn = 0
-    while _vmem_bytes(scratch(*sizes)) > vmem_limit_bytes - COMPILERS_OWN_BYTES:
+
+    def fit(decode_buffers):
+        return _vmem_bytes(scratch(decode_buffers, *sizes)) <= vmem_limit_bytes - COMPILERS_OWN_BYTES
+
+    decode_buffers = DECODE_BUFFERS if fit(DECODE_BUFFERS) else DECODE_BUFFERS - 1
+    while not fit(decode_buffers):
         can = [i for i in range(3) if given[i] is None and sizes[i] % (2 * units[i]) == 0]
         if not can:
             break
@@ -1854,7 +1890,7 @@ def _fitting(scratch, vmem_limit_bytes, own, given, page_size):
         i = 0 if larger else next((i for i in can if i >= turn), can[0])
         sizes[i] //= 2
         turn = turn if larger else (i + 1) % 3
-    return sizes
+    return decode_buffers, *sizes
 
 
 def _vmem_bytes(buffers):
