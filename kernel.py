@@ -44,6 +44,8 @@ PAGES_TOGETHER = 4  # pages whose copies one turn of a loop starts
 WINDOW_PAGE_TOKENS = 64  # pages that are larger are fetched in parts of so many by a decode with a window
 PIECE_TOKENS = 8  # a decode's last page is fetched in whole pieces of so many tokens
 PART_WORDS = 8192  # 128-lane words of a decode's KV block at a time: fewer take as long, more may be in vain
+STEP_WORDS = 2048  # of such words in a part that is masked, as many steps of so many are in work as need be
+STEPS = 4  # of a part at most: there is a body for each number of them to score, with each to weigh
 DECODES_BESIDE = 2  # KV blocks of decodes that go with one of a prefill
 VMEM_BYTES = 96 * 2**20  # that the kernel may have if nothing is said and the chip has as much
 COMPILERS_OWN_BYTES = 3 * 2**18  # of VMEM, beside the kernel's buffers: registers that it spills, sinks
@@ -426,6 +428,7 @@ class _Decode:
     m: Any  # f32[Hq, 128]: running maximum of the scores before the part in `s`, the same in every lane
     top: Any  # f32[Hq, 128]: that of the part in `s`, a row's over its lanes
     l: Any  # f32[Hq, 128]: running sum of 2 ** (score - m), a row over its lanes
+    total: Any  # f32[Hq, 128]: that sum over its lanes, of a part that is masked; the same in every lane
     acc: Any  # f32[Hq, D]: running numerator
     s: Any  # f32[Hq, part * Hkv]: scores of all keys of a part
     bias: Any  # f32[Hq, part * Hkv]: see _tell_heads_apart
@@ -443,11 +446,11 @@ class _Decode:
 
     @property
     def part_tokens(self):
-        return _part_tokens(self.bkv, self.kv_ring.shape[2] * self.kv_ring.shape[4] // LANES)
+        return _part_tokens(self.bkv, self.kv_ring.shape[2], self.kv_ring.shape[4] // LANES)
 
-    def keys_and_values(self, part, tokens=None):
-        """All `tokens` of a part, or so many of the first."""
-        return self.kv_ring.at[part.slot, pl.ds(part.number * self.part_tokens, tokens or self.part_tokens)]
+    def keys_and_values(self, part, tokens):
+        """The first `tokens` of a part."""
+        return self.kv_ring.at[part.slot, pl.ds(part.number * self.part_tokens, tokens)]
 
 
 class _Part(NamedTuple):
@@ -464,10 +467,12 @@ class _Part(NamedTuple):
 NO_PART = _Part()
 
 
-def _part_tokens(bkv, token_words):
-    """Tokens of a decode's KV block that are in work at once; all of them where PART_WORDS does not divide it."""
-    part = PART_WORDS // token_words
-    return part if part * token_words == PART_WORDS and bkv % part == 0 else bkv
+def _part_tokens(bkv, rows, tiles):
+    """Tokens of a decode's KV block that are in work at once: a share of it, in whole chunks and at most PART_WORDS;
+    all of it where there is none."""
+    most = pl.cdiv(bkv * rows * tiles, PART_WORDS)
+    counts = (n for n in range(most, 2 * most) if bkv % n == 0 and bkv * rows % (n * CHUNK_WORDS) == 0)
+    return bkv // next(counts, 1)
 
 
 def _decode_page_tokens(page_size, sliding_window):
@@ -611,22 +616,23 @@ def _decode_part(call, d, current, pending, seq, number):
         whole = part.end >= d.part_tokens
         return whole if call.options.sliding_window is None else jnp.logical_and(whole, part.start <= 0)
 
-    whole = jnp.logical_and(is_whole(current), is_whole(pending))
+    whole = jnp.logical_and(is_whole(current), jnp.logical_and(is_whole(pending), pending.ends == 0))
     work = functools.partial(_score_and_weigh, call, d, current, pending)
     pl.when(whole)(lambda: work(d.part_tokens, d.part_tokens, masked=False))
 
     @pl.when(jnp.logical_not(whole))
     def _():
-        for to_score, is_scored in _halves(d, current):
+        for to_score, is_scored in _sizes(d, current):
 
             @pl.when(is_scored)
             def _(to_score=to_score):
-                for to_weigh, is_weighed in _halves(d, pending):
+                for to_weigh, is_weighed in _sizes(d, pending):
                     pl.when(is_weighed)(functools.partial(work, to_score, to_weigh, masked=True))
 
     @pl.when(pending.ends == 1)
     def _():
-        out = _output(call, _own(call, d.acc[...]), jnp.sum(d.l[...], axis=1, keepdims=True)).astype(call.o_hbm.dtype)
+        acc = _own(call, d.acc[...])
+        out = _output(call, acc, _lanes(d.total[...], acc.shape[1])).astype(call.o_hbm.dtype)
         out = pltpu.bitcast(out, jnp.uint32) if call.in_words else out
         d.o[jax.lax.rem(number, d.out_sems.shape[0]), 0, : out.shape[0]] = out
         _for_decode_results(call, d, seq, number, _start)
@@ -635,13 +641,16 @@ def _decode_part(call, d, current, pending, seq, number):
     return current
 
 
-def _halves(d, part):
-    """``(tokens, when)``: half of a part is in work where no more of it is seen, else all; or always all, if half of it
-    is not whole chunks."""
-    half = d.part_tokens // 2
-    if d.part_tokens * d.kv_ring.shape[2] % (2 * CHUNK_WORDS):
-        return ((d.part_tokens, True),)
-    return (half, part.end <= half), (d.part_tokens, part.end > half)
+def _sizes(d, part):
+    """``(tokens, when)``: of a part that is masked, as many steps are in work as have what is seen of it. Steps are
+    equal, and whole chunks; where that cannot be, there is but one."""
+    _, _, rows, _, head_dim = d.kv_ring.shape
+    last = d.part_tokens
+    most = min(max(pl.cdiv(last * rows * head_dim // LANES, STEP_WORDS), 2), STEPS)
+    count = next(n for n in range(most, 0, -1) if n == 1 or last * rows % (n * CHUNK_WORDS) == 0)
+    step = last // count
+    ends = range(step, last + 1, step)
+    return [(end, (end == step or part.end > end - step) & (end == last or part.end <= end)) for end in ends]
 
 
 def _finish_decodes(call, d, state):
@@ -699,7 +708,8 @@ def _score_and_weigh(call, d, current, pending, to_score, to_weigh, *, masked):
     """All query heads against the first `to_score` keys of the `current` part, and `to_weigh` values of the `pending`.
 
     While one waits for the MXU or the lane reductions, the other works; the scores of the one go where those of the
-    other have been taken from, and where there are none for it, what may be weighed with it has no weight.
+    other have been taken from. Any part that ends a sequence is weighed `masked`: the sums over lanes that its results
+    need are made here, where nothing waits for them.
 
     The keys of all heads, in the order in which they lie in memory, meet all query rows: the MXU takes as long for one
     row as for its fill of weights, and what is not a row's own head has no weight.
@@ -741,13 +751,9 @@ def _score_and_weigh(call, d, current, pending, to_score, to_weigh, *, masked):
     for chunk in _chunks(call, kv):
         most = score(chunk)
         top = most if top is None else jnp.maximum(top, most)
-    if to_score < d.part_tokens:
-        no_scores = d.s.at[:, d.s.shape[1] // 2 :]
-        no_scores[...] = jnp.full_like(no_scores, DEFAULT_MASK_VALUE)
-        if d.v is not None:
-            no_values = d.v.at[:, d.v.shape[1] // 2 :]
-            no_values[...] = jnp.zeros_like(no_values)
     d.l[...], d.acc[...], d.top[...] = l_new, pv, top
+    if masked:
+        d.total[...] = jnp.broadcast_to(jnp.sum(l_new, axis=1, keepdims=True), d.total.shape)
     m_first = jnp.full_like(m_new, call.options.mask_value) if call.sink is None else call.sink[...]
     d.m[...] = jnp.where(current.begins == 1, m_first, m_new)
 
@@ -918,7 +924,7 @@ def _own_parts(call, shape):
 
 def _tell_heads_apart(call, d):
     """Fills `d.bias`: zero where a column of scores belongs to a row's head, else what leaves it no weight."""
-    kv = d.keys_and_values(NO_PART)
+    kv = d.keys_and_values(NO_PART, d.part_tokens)
     head_of_row = jax.lax.broadcasted_iota(jnp.int32, (d.q.shape[0], 1), 0) // call.group
     of_beside = call.heads_of_word * call.words_beside
     head_of_row = head_of_row // of_beside * of_beside + head_of_row % call.heads_of_word
@@ -1744,7 +1750,7 @@ def ragged_paged_attention(
     unpacked = 2 if kv_cache.dtype.itemsize == 1 else 1  # by the same basic block
     own_bkv *= _num_segments(num_kv_heads, own_bq * num_q_heads * own_bkv * unpacked)
     longest = page_indices.shape[0] // kv_lens.shape[0] * page_size
-    decode_bkv = _decode_block_tokens(token_bytes, page_size)
+    decode_bkv = _decode_block_tokens(token_bytes, page_size, kv_rows)
     if sliding_window is not None:
         decode_bkv = _window_block_tokens(sliding_window, decode_bkv, page_size, kv_rows, tiles)
     own = min(decode_bkv, longest), own_bkv, min(own_bq, num_tokens)
@@ -1752,7 +1758,7 @@ def ragged_paged_attention(
     sums = _Columns if _generation() >= 6 else _Rows
 
     def scratch(decode_buffers, decode_bkv, bkv, bq):
-        value_words, part = (), _part_tokens(decode_bkv, kv_rows * tiles)
+        value_words, part = (), _part_tokens(decode_bkv, kv_rows, tiles)
         if merged_kv and beside > 1:
             value_words = (pltpu.VMEM((beside // 2, part * kv_rows // beside, LANES), jnp.uint32),)
         return [
@@ -1765,7 +1771,7 @@ def ragged_paged_attention(
                 pltpu.VMEM((DECODE_RESULTS, 1, _odd(out_words), LANES), jnp.uint32)
                 if in_words
                 else pltpu.VMEM((DECODE_RESULTS, 1, heads, padded_dim), out_dtype),
-                *(pltpu.VMEM((heads, LANES), jnp.float32) for _ in range(3)),
+                *(pltpu.VMEM((heads, LANES), jnp.float32) for _ in range(4)),
                 pltpu.VMEM((heads, key_dim), jnp.float32),
                 *(pltpu.VMEM((heads, part * columns_per_token), jnp.float32) for _ in range(2)),
                 pltpu.SemaphoreType.DMA((decode_buffers,)),
@@ -1847,14 +1853,21 @@ def _num_segments(num_kv_heads, scores):
     return 1
 
 
-def _decode_block_tokens(token_bytes, page_size):
+def _decode_block_tokens(token_bytes, page_size, kv_rows):
     """Tokens of a KV block of a decode, in whole pages: what a step costs besides its bytes must not count.
 
     With 8 KV heads of 128 in bfloat16 a token has 4 KiB, DECODE_BLOCK_PAGES of 32 tokens 2 MiB; four times as much on
-    chips whose HBM is that fast.
+    chips whose HBM is that fast. Blocks are whole chunks where they have as many tokens.
     """
     block_bytes = DECODE_BLOCK_PAGES * 32 * 4096 * (4 if _generation() >= 7 else 1)
-    return max(block_bytes // (token_bytes * page_size), 1) * page_size
+    unit = math.lcm(page_size, _chunk_tokens(kv_rows))
+    unit = unit if unit * token_bytes <= block_bytes else page_size
+    return max(block_bytes // (token_bytes * unit), 1) * unit
+
+
+def _chunk_tokens(kv_rows):
+    """The fewest tokens that are whole chunks."""
+    return CHUNK_WORDS // math.gcd(CHUNK_WORDS, kv_rows)
 
 
 def _window_block_tokens(sliding_window, most, page_size, kv_rows, tiles):
@@ -1863,8 +1876,7 @@ def _window_block_tokens(sliding_window, most, page_size, kv_rows, tiles):
     page_size = _decode_page_tokens(page_size, sliding_window)
     span = sliding_window - 1 + page_size
     count = pl.cdiv(span, min(most, PART_WORDS // (kv_rows * tiles)))
-    chunk = CHUNK_WORDS // math.gcd(CHUNK_WORDS, kv_rows)
-    return min(_align(pl.cdiv(span, count), math.lcm(chunk, page_size)), most)
+    return min(_align(pl.cdiv(span, count), math.lcm(_chunk_tokens(kv_rows), page_size)), most)
 
 
 def _fitting(scratch, vmem_limit_bytes, own, given, page_size):
