@@ -40,7 +40,9 @@ class Shape:
     kv_heads: int = 2
     group: int = 2
     head_dim: int = 128
-    dtype: Any = F32  # of queries and output
+    dtype: Any = F32  # of queries, and of the output unless told
+    out_dtype: Any = None
+    mask_value: float | None = None
     cache_dtype: Any = None  # of keys, values and cache; that of the queries if None
     q_block: int = 8
     kv_pages: int | None = 1  # pages a KV block; None: blocks are the kernel's own
@@ -62,7 +64,7 @@ class Shape:
 
     @property
     def options(self) -> dict[str, Any]:
-        names = ("sliding_window", "soft_cap", "q_scale", "k_scale", "v_scale")
+        names = ("out_dtype", "mask_value", "sliding_window", "soft_cap", "q_scale", "k_scale", "v_scale")
         names += ("use_causal_mask", "update_kv_cache", "merged_kv", "vmem_limit_bytes")
         blocks = self.kv_pages and (self.q_block, self.kv_pages * self.page)
         given = {name: getattr(self, name) for name in names} | {"d_block_sizes": blocks, "p_block_sizes": blocks}
@@ -200,8 +202,9 @@ def program(shape: Shape, generation: int, block_scores: int) -> Any:
     def call(*arrays: Any) -> Any:
         return kernel.ragged_paged_attention(*arrays, **shape.options)
 
-    traced = jax_shims.interpreted(jax.make_jaxpr(call)(*avals))
-    return jax_shims.compile_cpu(jaxpr_as_fun(traced), avals, ())
+    lowered = jax.jit(jaxpr_as_fun(jax_shims.interpreted(jax.make_jaxpr(call)(*avals)))).lower(*avals)
+    quick = {"xla_cpu_use_fusion_emitters": False}  # a third of the time to compile less
+    return lowered.compile(compiler_options=jax_shims.CPU_COMPILER_OPTIONS | jax_shims.in_haste(avals) | quick)
 
 
 def run(shape: Shape, inputs: list[Any]) -> tuple[np.ndarray, np.ndarray]:
@@ -228,8 +231,9 @@ def check(shape: Shape, q_lens: list[int], kv_lens: list[int], seed: int = 0) ->
     before = [array.copy() for array in inputs]
     out, cache = run(shape, inputs)
     want, want_cache = expected(shape, inputs)
-    assert out.shape == inputs[0].shape and out.dtype == shape.dtype and cache.dtype == shape.kv_dtype
-    assert error_of(out, want) < TOLERANCE[shape.dtype]
+    out_dtype = shape.out_dtype or shape.dtype
+    assert out.shape == inputs[0].shape and out.dtype == out_dtype and cache.dtype == shape.kv_dtype
+    assert error_of(out, want) < TOLERANCE[out_dtype]
     assert same_bits(cache, want_cache)
     assert not out[sum(q_lens) :].astype(np.float32).any()
     assert all(np.array_equal(a.view(np.uint8), b.view(np.uint8)) for a, b in zip(inputs, before, strict=True))
@@ -273,6 +277,60 @@ RAGGED = {
 @pytest.mark.parametrize("case", RAGGED)
 def test_ragged_batches(case):
     check(BASE, *RAGGED[case])
+
+
+def test_values_do_not_leak_between_sequences():
+    """Another context in one sequence changes no bit of the others."""
+    first = make_inputs(BASE, [3, 4, 5], [20, 30, 40])
+    second = [array.copy() for array in first]
+    page = int(first[5].reshape(BASE.seqs, -1)[1, 0])
+    second[3][page] += 1
+    out_first, _ = run(BASE, first)
+    out_second, _ = run(BASE, second)
+    same = (out_first == out_second).reshape(BASE.tokens, -1).all(axis=1)
+    assert same[:3].all() and not same[3:7].any() and same[7:].all()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_drawn_batches(seed):
+    rng = np.random.default_rng(seed)
+    q_lens, kv_lens, pages = [], [], BASE.pages
+    for _ in range(rng.integers(1, BASE.seqs + 1)):
+        new = int(rng.integers(0, min(14, BASE.tokens - sum(q_lens)) + 1))
+        kv_len = new + int(rng.integers(0, 50))
+        if -(-kv_len // BASE.page) <= pages:
+            pages -= -(-kv_len // BASE.page)
+            q_lens.append(new)
+            kv_lens.append(kv_len)
+    check(dataclasses.replace(BASE, dtype=(BF16, F32)[seed % 2]), q_lens, kv_lens, seed=seed)
+
+
+MISTAKES: list[dict[str, Any]] = [{"shift": 1}, {"drop_last": True}]
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
+def test_the_tolerance_notices_an_off_by_one(dtype):
+    shape = dataclasses.replace(BASE, dtype=dtype)
+    inputs = make_inputs(shape, [6, 1, 9], [20, 33, 9])
+    out, _ = run(shape, inputs)
+    assert error_of(out, expected(shape, inputs)[0]) < TOLERANCE[dtype] / 2
+    for mistake in MISTAKES:
+        wrong, _ = expected(shape, inputs, **mistake)
+        assert error_of(out, wrong) > 10 * TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_a_decode_s_nan_stays_its_own(kv_heads):
+    """One sequence's part is weighed while another's is scored, in the same buffers."""
+    shape = dataclasses.replace(BASE, dtype=BF16, kv_heads=kv_heads)
+    sound = make_inputs(shape, [1] * 5, [20, 30, 64, 17, 3])
+    spoilt = [array.copy() for array in sound]
+    for page in sound[5].reshape(shape.seqs, -1)[1, :2]:
+        spoilt[3][page] = np.nan
+    (out, _), (out_spoilt, _) = run(shape, sound), run(shape, spoilt)
+    assert np.isnan(out_spoilt[1].astype(F32)).all()
+    others = [0, 2, 3, 4]
+    assert same_bits(out_spoilt[others], out[others]) and not np.isnan(out[others].astype(F32)).any()
 
 
 MIXED = ([1, 0, 12, 5, 1], [33, 0, 12, 37, 17])
@@ -352,52 +410,51 @@ def test_features(name, case):
     "name",
     ["sliding window", "int8", "float8_e4m3fn, all options", "merged, all options", "not causal, window"],
 )
-@pytest.mark.parametrize("mistake", [{"shift": 1}, {"drop_last": True}])
-def test_the_tolerance_notices_an_off_by_one_of_a_feature(name, mistake):
+def test_the_tolerance_notices_an_off_by_one_of_a_feature(name):
     shape = FEATURES[name]
     inputs = make_inputs(shape, [6, 1, 9], [20, 33, 9], poison=False)
     out, _ = run(shape, inputs)
     assert error_of(out, expected(shape, inputs)[0]) < TOLERANCE[shape.dtype]
-    assert error_of(out, expected(shape, inputs, **mistake)[0]) > 5 * TOLERANCE[shape.dtype]
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_drawn_batches(seed):
-    rng = np.random.default_rng(seed)
-    q_lens, kv_lens, pages = [], [], BASE.pages
-    for _ in range(rng.integers(1, BASE.seqs + 1)):
-        new = int(rng.integers(0, min(14, BASE.tokens - sum(q_lens)) + 1))
-        kv_len = new + int(rng.integers(0, 50))
-        if -(-kv_len // BASE.page) <= pages:
-            pages -= -(-kv_len // BASE.page)
-            q_lens.append(new)
-            kv_lens.append(kv_len)
-    check(dataclasses.replace(BASE, dtype=(BF16, F32)[seed % 2]), q_lens, kv_lens, seed=seed)
-
-
-@pytest.mark.parametrize("dtype", [BF16, F32])
-@pytest.mark.parametrize("mistake", [{"shift": 1}, {"drop_last": True}])
-def test_the_tolerance_notices_an_off_by_one(mistake, dtype):
-    shape = dataclasses.replace(BASE, dtype=dtype)
-    inputs = make_inputs(shape, [6, 1, 9], [20, 33, 9])
-    out, _ = run(shape, inputs)
-    assert error_of(out, expected(shape, inputs)[0]) < TOLERANCE[dtype] / 2
-    wrong, _ = expected(shape, inputs, **mistake)
-    assert error_of(out, wrong) > 10 * TOLERANCE[dtype]
+    for mistake in MISTAKES:
+        assert error_of(out, expected(shape, inputs, **mistake)[0]) > 5 * TOLERANCE[shape.dtype]
 
 
 @pytest.mark.parametrize(
-    ("dtype", "window", "kv_heads", "merged_kv"),
-    [(BF16, None, 2, False), (BF16, 21, 4, False), (INT8, 70, 4, False), (BF16, None, 8, True)],
+    ("dtype", "window", "kv_heads", "merged_kv", "steps"),
+    [(BF16, None, 2, False, 4), (BF16, 21, 4, False, 2), (INT8, 70, 4, False, 2), (BF16, None, 8, True, 2)],
 )
-def test_a_decode_s_last_block_in_parts(dtype, window, kv_heads, merged_kv, monkeypatch):
-    """Two parts a block: some whole, some seen in part, in half of it or less, some not at all."""
-    shape = Shape(tokens=10, seqs=10, pages=48, pages_per_seq=8, kv_pages=4, dtype=BF16, cache_dtype=dtype)
+def test_a_decode_s_last_block_in_parts(dtype, window, kv_heads, merged_kv, steps, monkeypatch):
+    """Two parts a block: some whole, some seen in part, in all steps of it or fewer, some not at all."""
+    shape = Shape(tokens=17, seqs=17, pages=60, pages_per_seq=8, kv_pages=4, dtype=BF16, cache_dtype=dtype)
     shape = dataclasses.replace(shape, kv_heads=kv_heads, merged_kv=merged_kv, head_dim=64 if merged_kv else 128)
     shape = dataclasses.replace(shape, sm_scale=0.2, sliding_window=window, k_scale=None if dtype == BF16 else 0.01)
-    monkeypatch.setattr(kernel, "CHUNK_WORDS", 16 * shape.rows)
-    monkeypatch.setattr(kernel, "PART_WORDS", 32 * shape.rows)
-    check(shape, [1] * 10, [1, 31, 32, 33, 64, 65, 95, 96, 97, 128])
+    part_words = 32 * shape.rows
+    sizes = {"PART_WORDS": part_words, "STEP_WORDS": part_words // steps, "CHUNK_WORDS": part_words // steps}
+    for name, value in sizes.items():
+        monkeypatch.setattr(kernel, name, value)
+    check(shape, [1] * 17, [1, 7, 8, 9, 16, 17, 24, 25, 31, 32, 33, 64, 65, 95, 96, 97, 128])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rows", "head_dim", "steps"),
+    [
+        (1024, 8, 128, 4),
+        (512, 8, 128, 2),
+        (128, 8, 128, 2),
+        (64, 8, 128, 1),  # one chunk
+        (1024, 4, 256, 4),
+        (768, 10, 128, 3),  # four are not whole chunks
+        (1600, 10, 128, 1),
+    ],
+)
+def test_a_masked_part_takes_the_steps_that_it_needs(tokens, rows, head_dim, steps):
+    d = types.SimpleNamespace(
+        kv_ring=jax.ShapeDtypeStruct((5, 2 * tokens, rows, 2, head_dim), BF16), part_tokens=tokens
+    )
+    step = tokens // steps
+    for end in sorted({-1, 0, *(i * step + j for i in range(steps + 1) for j in (-1, 0, 1)), 3 * tokens}):
+        chosen = [size for size, when in kernel._sizes(d, kernel._Part(end=end)) if when]
+        assert chosen == [min(max(-(-end // step), 1), steps) * step]
 
 
 @pytest.mark.parametrize("window", [1, 8, 21])
@@ -426,11 +483,30 @@ def test_a_decode_s_block_is_as_large_as_its_window(window, page_size, kv_rows, 
 
 
 def test_a_decode_s_block_has_as_many_bytes_whatever_a_token_has(monkeypatch):
-    assert kernel._decode_block_tokens(4096, 32) == 512
-    assert kernel._decode_block_tokens(512, 64) == 4096
-    assert kernel._decode_block_tokens(1 << 24, 128) == 128  # never less than a page
+    assert kernel._decode_block_tokens(4096, 32, 8) == 512
+    assert kernel._decode_block_tokens(512, 64, 1) == 4096
+    assert kernel._decode_block_tokens(1 << 24, 128, 8) == 128  # never less than a page
+    assert kernel._decode_block_tokens(5120, 64, 10) == 256  # in chunks of 256 tokens
     monkeypatch.setattr(kernel, "_generation", lambda: 7)
-    assert kernel._decode_block_tokens(4096, 32) == 2048
+    assert kernel._decode_block_tokens(4096, 32, 8) == 2048
+    assert kernel._decode_block_tokens(5120, 64, 10) == 1536
+
+
+@pytest.mark.parametrize(
+    ("block", "rows", "tiles", "tokens"),
+    [
+        (512, 8, 1, 512),
+        (2048, 8, 1, 1024),
+        (2048, 4, 2, 1024),
+        (1536, 10, 1, 768),
+        (1920, 8, 1, 960),
+        (1280, 12, 1, 640),
+        (1600, 10, 1, 1600),  # no whole chunks
+        (3072, 8, 1, 1024),
+    ],
+)
+def test_a_part_is_a_share_of_a_decode_s_block(block, rows, tiles, tokens):
+    assert kernel._part_tokens(block, rows, tiles) == tokens
 
 
 class EndOfCall(Exception):
@@ -560,43 +636,8 @@ def test_heads_are_padded_to_whole_tiles_of_8_rows():
     assert padded == {BF16: (2, 4, 8, 16, 24, 32, 40, 64), F32: (1, 4, 4, 8, 16, 40)}
 
 
-def test_values_do_not_leak_between_sequences():
-    """Another context in one sequence changes no bit of the others."""
-    first = make_inputs(BASE, [3, 4, 5], [20, 30, 40])
-    second = [array.copy() for array in first]
-    page = int(first[5].reshape(BASE.seqs, -1)[1, 0])
-    second[3][page] += 1
-    out_first, _ = run(BASE, first)
-    out_second, _ = run(BASE, second)
-    same = (out_first == out_second).reshape(BASE.tokens, -1).all(axis=1)
-    assert same[:3].all() and not same[3:7].any() and same[7:].all()
-
-
-@pytest.mark.parametrize("kv_heads", [1, 2])
-def test_a_decode_s_nan_stays_its_own(kv_heads):
-    """One sequence's part is weighed while another's is scored, in the same buffers."""
-    shape = dataclasses.replace(BASE, dtype=BF16, kv_heads=kv_heads)
-    sound = make_inputs(shape, [1] * 5, [20, 30, 64, 17, 3])
-    spoilt = [array.copy() for array in sound]
-    for page in sound[5].reshape(shape.seqs, -1)[1, :2]:
-        spoilt[3][page] = np.nan
-    (out, _), (out_spoilt, _) = run(shape, sound), run(shape, spoilt)
-    assert np.isnan(out_spoilt[1].astype(F32)).all()
-    others = [0, 2, 3, 4]
-    assert same_bits(out_spoilt[others], out[others]) and not np.isnan(out[others].astype(F32)).any()
-
-
 def test_out_dtype_and_mask_value():
-    inputs = make_inputs(BASE, [3, 2], [20, 2])
-    jax_shims.patch_interpreter()
-
-    def call(*arrays: Any) -> Any:
-        return kernel.ragged_paged_attention(*arrays, sm_scale=0.25, out_dtype=jnp.bfloat16, mask_value=-1e30)
-
-    traced = jax_shims.interpreted(jax.make_jaxpr(call)(*inputs))
-    out, _ = jax.jit(jaxpr_as_fun(traced))(*inputs)
-    assert out.dtype == jnp.bfloat16
-    assert error_of(np.asarray(out), expected(BASE, inputs)[0]) < TOLERANCE[BF16]
+    check(dataclasses.replace(BASE, out_dtype=BF16, mask_value=-1e30), [3, 2], [20, 2])
 
 
 # --- arguments ---
