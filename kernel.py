@@ -448,6 +448,10 @@ class _Decode:
     def part_tokens(self):
         return _part_tokens(self.bkv, self.kv_ring.shape[2], self.kv_ring.shape[4] // LANES)
 
+    @property
+    def steps(self):
+        return _steps(self.part_tokens, self.kv_ring.shape[2], self.kv_ring.shape[4] // LANES)
+
     def keys_and_values(self, part, tokens):
         """The first `tokens` of a part."""
         return self.kv_ring.at[part.slot, pl.ds(part.number * self.part_tokens, tokens)]
@@ -473,6 +477,14 @@ def _part_tokens(bkv, rows, tiles):
     most = pl.cdiv(bkv * rows * tiles, PART_WORDS)
     counts = (n for n in range(most, 2 * most) if bkv % n == 0 and bkv * rows % (n * CHUNK_WORDS) == 0)
     return bkv // next(counts, 1)
+
+
+def _steps(part, rows, tiles):
+    """Tokens of a part that is masked which may be in work, the first of these sizes that has all that is seen of it.
+    Steps between them are equal, and whole chunks; where that cannot be, there is but one."""
+    most = min(max(pl.cdiv(part * rows * tiles, STEP_WORDS), 2), STEPS)
+    count = next(n for n in range(most, 0, -1) if n == 1 or part * rows % (n * CHUNK_WORDS) == 0)
+    return [part // count * (i + 1) for i in range(count)]
 
 
 def _decode_page_tokens(page_size, sliding_window):
@@ -551,20 +563,22 @@ def _begin_decodes(call, d):
     return (*state[:3], ahead, *state[4:])
 
 
-def _decode_some_blocks(call, d, state):
-    """DECODES_BESIDE KV blocks of decodes, if as many are left; the state after them.
+def _decode_some_blocks(call, d, state, most):
+    """KV blocks of decodes, `most` of them or all that are left; the state after them.
 
     `state`: (sequence, block, slot, the block to be fetched next, the part to be weighed next, how many decodes have
     their scores, the last of them).
     """
 
-    def is_left(state):
-        return state[0] < call.distribution[2]
+    def is_next(carry):
+        count, state = carry
+        return jnp.logical_and(count < most, state[0] < call.distribution[2])
 
-    def one(_, state):
-        return jax.lax.cond(is_left(state), lambda: _decode_one_block(call, d, state), lambda: state)
+    def one(carry):
+        count, state = carry
+        return count + 1, _decode_one_block(call, d, state)
 
-    return jax.lax.cond(is_left(state), lambda: jax.lax.fori_loop(0, DECODES_BESIDE, one, state), lambda: state)
+    return jax.lax.while_loop(is_next, one, (jnp.int32(0), state))[1]
 
 
 def _decode_one_block(call, d, state):
@@ -618,50 +632,51 @@ def _decode_part(call, d, current, pending, seq, number):
 
     whole = jnp.logical_and(is_whole(current), jnp.logical_and(is_whole(pending), pending.ends == 0))
     work = functools.partial(_score_and_weigh, call, d, current, pending)
-    pl.when(whole)(lambda: work(d.part_tokens, d.part_tokens, masked=False))
 
-    @pl.when(jnp.logical_not(whole))
-    def _():
-        for to_score, is_scored in _sizes(d, current):
+    def masked(to_score):
+        _by_size(pending.end, d.steps, lambda to_weigh: work(to_score, to_weigh, masked=True))
 
-            @pl.when(is_scored)
-            def _(to_score=to_score):
-                for to_weigh, is_weighed in _sizes(d, pending):
-                    pl.when(is_weighed)(functools.partial(work, to_score, to_weigh, masked=True))
-
-    @pl.when(pending.ends == 1)
-    def _():
-        acc = _own(call, d.acc[...])
-        out = _output(call, acc, _lanes(d.total[...], acc.shape[1])).astype(call.o_hbm.dtype)
-        out = pltpu.bitcast(out, jnp.uint32) if call.in_words else out
-        d.o[jax.lax.rem(number, d.out_sems.shape[0]), 0, : out.shape[0]] = out
-        _for_decode_results(call, d, seq, number, _start)
-        _reset_sums(call, d)
-
+    all_tokens = d.part_tokens
+    jax.lax.cond(
+        whole,
+        lambda: work(all_tokens, all_tokens, masked=False),
+        lambda: _by_size(current.end, d.steps, masked),
+    )
+    pl.when(pending.ends == 1)(lambda: _give_results(call, d, seq, number))
     return current
 
 
-def _sizes(d, part):
-    """``(tokens, when)``: of a part that is masked, as many steps are in work as have what is seen of it. Steps are
-    equal, and whole chunks; where that cannot be, there is but one."""
-    _, _, rows, _, head_dim = d.kv_ring.shape
-    last = d.part_tokens
-    most = min(max(pl.cdiv(last * rows * head_dim // LANES, STEP_WORDS), 2), STEPS)
-    count = next(n for n in range(most, 0, -1) if n == 1 or last * rows % (n * CHUNK_WORDS) == 0)
-    step = last // count
-    ends = range(step, last + 1, step)
-    return [(end, (end == step or part.end > end - step) & (end == last or part.end <= end)) for end in ends]
+def _by_size(tokens, sizes, do):
+    """`do(size)` with the first of ascending sizes that has so many tokens, or with the last; found by halves."""
+    if len(sizes) == 1:
+        do(sizes[0])
+        return
+    half = len(sizes) // 2
+    jax.lax.cond(
+        tokens <= sizes[half - 1],
+        lambda: _by_size(tokens, sizes[:half], do),
+        lambda: _by_size(tokens, sizes[half:], do),
+    )
+
+
+def _give_results(call, d, seq, number):
+    acc = _own(call, d.acc[...])
+    out = _output(call, acc, _lanes(d.total[...], acc.shape[1])).astype(call.o_hbm.dtype)
+    out = pltpu.bitcast(out, jnp.uint32) if call.in_words else out
+    d.o[jax.lax.rem(number, d.out_sems.shape[0]), 0, : out.shape[0]] = out
+    _for_decode_results(call, d, seq, number, _start)
+    _reset_sums(call, d)
 
 
 def _finish_decodes(call, d, state):
-    """The decodes that are left, then their results."""
-    total = call.distribution[2]
-    step = functools.partial(_decode_one_block, call, d)
-    *_, pending, count, before = jax.lax.while_loop(lambda state: state[0] < total, step, state)
+    """The results of the last decodes."""
+    *_, pending, count, before = state
 
     @pl.when(count > 0)
     def _():
-        _decode_part(call, d, NO_PART, pending, before, count - 1)
+        work = functools.partial(_score_and_weigh, call, d, NO_PART, pending, d.steps[0], masked=True)
+        _by_size(pending.end, d.steps, work)
+        _give_results(call, d, before, count - 1)
         for back in range(1, d.out_sems.shape[0] + 1):
             pl.when(count >= back)(lambda back=back: _for_decode_results(call, d, before, count - back, _wait))
 
@@ -971,6 +986,7 @@ class _Item:
     row_end: Any
     window: Any
     position: Any
+    exists: Any  # False: none is left, and the rest is of no meaning
 
     @property
     def end(self):
@@ -983,18 +999,21 @@ class _Item:
 
 
 def _item(call, b, seq, q_block):
-    bq = b.bq
+    bq, exists = b.bq, seq < call.distribution[2]
+    seq = jnp.minimum(seq, call.kv_lens.shape[0] - 1)
     row_start = call.cu_q_lens[seq] + q_block * bq
     q_end = call.cu_q_lens[seq + 1]
     window = jnp.minimum(row_start, call.num_tokens - bq)
-    return _Item(seq, row_start, jnp.minimum(row_start + bq, q_end), window, call.kv_lens[seq] - q_end + row_start)
+    position = call.kv_lens[seq] - q_end + row_start
+    return _Item(seq, row_start, jnp.minimum(row_start + bq, q_end), window, position, exists)
 
 
 def _prefill_pass(call, b, decode_some, decoding):
     """One block of queries after the other; what the next one needs first is fetched while one is in work.
 
     With each KV block go some of decodes, whose pages come while the MXU has the prefill's work to do: `decode_some`
-    takes the state of the decodes, `decoding` at first, from one block to the next; the last state is returned.
+    takes the state of the decodes, `decoding` at first, so many of their KV blocks further; the last state is returned.
+    Those that are left when no item is go through the same loop, so that the decodes' code is in the program once.
     """
     total = call.distribution[2]
 
@@ -1007,33 +1026,41 @@ def _prefill_pass(call, b, decode_some, decoding):
     def attend(state):
         seq, q_block, slot, kept, parity, before, decoding = state
         item = _item(call, b, seq, q_block)
-        last = item.row_end == call.cu_q_lens[seq + 1]
+        last = item.row_end == call.cu_q_lens[item.seq + 1]
         next_seq = call.next_with(is_prefill, jnp.where(last, seq + 1, seq))
         next_block = jnp.where(last, 0, q_block + 1)
-        following = _item(call, b, jnp.minimum(next_seq, call.kv_lens.shape[0] - 1), next_block)
-        _for_inputs(call, b, item, parity, _wait)
-        _begin_item(call, b, item, parity)
+        following = _item(call, b, next_seq, next_block)
+
+        @pl.when(item.exists)
+        def _():
+            _for_inputs(call, b, item, parity, _wait)
+            _begin_item(call, b, item, parity)
 
         following_first = first_block(following)
         stays = jnp.logical_and(next_seq == seq, following_first == _last_block(call, b, item))
 
         def start_inputs():
-            pl.when(next_seq < total)(lambda: _for_inputs(call, b, following, 1 - parity, _start))
+            pl.when(following.exists)(lambda: _for_inputs(call, b, following, 1 - parity, _start))
 
         def start_following(slot):
-            wanted = jnp.logical_and(next_seq < total, jnp.logical_not(stays))
+            wanted = jnp.logical_and(following.exists, jnp.logical_not(stays))
             pl.when(wanted)(lambda: _for_item_pages(call, b, following, following_first, slot, _start))
 
         ahead = start_inputs, start_following
         first = first_block(item)
         slot, decoding = _attend_item(call, b, item, first, kept, (slot, decoding), *ahead, decode_some)
-        if call.options.causal:
-            _for_new_tokens(call, b, item, _last_block(call, b, item), 1 - slot, _wait)
-        pl.when(before[0] >= 0)(lambda: _for_rows(call, b, _item(call, b, *before), _wait))
-        _finish_item(call, b)
-        _for_rows(call, b, item, _start)
+
+        @pl.when(item.exists)
+        def _():
+            if call.options.causal:
+                _for_new_tokens(call, b, item, _last_block(call, b, item), 1 - slot, _wait)
+            pl.when(before[0] >= 0)(lambda: _for_rows(call, b, _item(call, b, *before), _wait))
+            _finish_item(call, b)
+            _for_rows(call, b, item, _start)
+
         kept, slot = jnp.where(stays, following_first, -1), jnp.where(stays, 1 - slot, slot)
-        return next_seq, next_block, slot, kept, 1 - parity, (seq, q_block), decoding
+        before = jax.tree.map(lambda new, old: jnp.where(item.exists, new, old), (seq, q_block), before)
+        return next_seq, next_block, slot, kept, 1 - parity, before, decoding
 
     for head in range(call.num_q_heads):
         b.sums.reset(call, head)
@@ -1048,7 +1075,7 @@ def _prefill_pass(call, b, decode_some, decoding):
 
     none = jnp.int32(-1)
     state = (first, zero, zero, none, zero, (none, zero), decoding)
-    *_, before, decoding = jax.lax.while_loop(lambda state: state[0] < total, attend, state)
+    *_, before, decoding = jax.lax.while_loop(lambda s: jnp.minimum(s[0], s[-1][0]) < total, attend, state)
     pl.when(before[0] >= 0)(lambda: _for_rows(call, b, _item(call, b, *before), _wait))
     return decoding
 
@@ -1140,17 +1167,16 @@ def _for_item_pages(call, b, item, block, slot, do, kept=None):
 
 def _attend_item(call, b, item, first, kept, carry, start_inputs, start_following, decode_some):
     """The item against the KV blocks that it sees, block `first` being on its way to a slot, or there if it is `kept`.
+    Without an item, all decodes that are left.
 
     `carry`: that slot, and the state of the decodes, some of whose blocks go with each; both as they are afterwards.
     """
     bkv = b.kv.shape[1]
     end = item.end if call.options.causal else call.kv_lens[item.seq]
-    last = _last_block(call, b, item)
+    last = jnp.where(item.exists, _last_block(call, b, item), first)
     first_new = item.position // bkv  # a page there may hold old tokens too, and is read before it is written
 
-    def step(block, carry):
-        slot, decoding = carry
-
+    def attend_block(block, slot):
         def start_next():
             _for_item_pages(call, b, item, block + 1, 1 - slot, _start)
 
@@ -1170,7 +1196,11 @@ def _attend_item(call, b, item, first, kept, carry, start_inputs, start_followin
         window = call.options.sliding_window
         fetched = None if window is None else call.first_seen(item.position) - block * bkv, end - block * bkv
         _prefill_block(call, b, slot, item.position - item.skipped - block * bkv, fetched)
-        return 1 - slot, decode_some(decoding)
+
+    def step(block, carry):
+        slot, decoding = carry
+        pl.when(item.exists)(lambda: attend_block(block, slot))
+        return 1 - slot, decode_some(decoding, jnp.where(item.exists, DECODES_BESIDE, 2**30))
 
     return jax.lax.fori_loop(first, last + 1, step, carry)
 
@@ -1224,13 +1254,15 @@ def _prefill_block(call, b, slot, first_row, fetched):
     whole = first_row >= bkv - 1 if causal else fetched[1] >= bkv
     if window is not None:
         whole = jnp.logical_and(whole, first_row + bq <= window)
-    pl.when(whole)(lambda: _prefill_keys(call, b, slot, bkv, None))
     parts = next(parts for parts in (4, 2, 1) if parts == 1 or bkv % (parts * LANES) == 0)
     part = bkv // parts
     end = first_row + bq if causal else fetched[1]
-    masked_parts = jnp.where(whole, 0, jnp.minimum(pl.cdiv(end, part), parts))
-    for i in range(1, parts + 1):
-        pl.when(masked_parts == i)(lambda: _prefill_keys(call, b, slot, i * part, (first_row, fetched)))
+    sizes = [part * (i + 1) for i in range(parts)]
+
+    def masked():
+        _by_size(end, sizes, lambda width: _prefill_keys(call, b, slot, width, (first_row, fetched)))
+
+    jax.lax.cond(whole, lambda: _prefill_keys(call, b, slot, bkv, None), masked)
 
 
 def _prefill_keys(call, b, slot, width, masked):
