@@ -448,12 +448,12 @@ def test_a_decode_s_last_block_in_parts(dtype, window, kv_heads, merged_kv, step
     ],
 )
 def test_a_masked_part_takes_the_steps_that_it_needs(tokens, rows, head_dim, steps):
-    d = types.SimpleNamespace(
-        kv_ring=jax.ShapeDtypeStruct((5, 2 * tokens, rows, 2, head_dim), BF16), part_tokens=tokens
-    )
-    step = tokens // steps
+    sizes, step = kernel._steps(tokens, rows, head_dim // 128), tokens // steps
+    assert sizes == list(range(step, tokens + 1, step))
     for end in sorted({-1, 0, *(i * step + j for i in range(steps + 1) for j in (-1, 0, 1)), 3 * tokens}):
-        chosen = [size for size, when in kernel._sizes(d, kernel._Part(end=end)) if when]
+        chosen = []
+        with jax.disable_jit():  # else both branches of a condition are traced
+            kernel._by_size(end, sizes, chosen.append)
         assert chosen == [min(max(-(-end // step), 1), steps) * step]
 
 
