@@ -182,13 +182,14 @@ def _words(packed):
 
 
 def _heads_of_word(words, word, bq, dtype):
-    """Rows ``[bq, D]`` of the heads that share a word of queries ``u32[bq * odd, 128]`` a tile: two if 16 bits wide."""
+    """Rows ``f32[bq, D]`` of the heads that share a word of queries ``u32[bq * odd, 128]`` a tile: two if those have
+    16 bits."""
     rows = [tile[pl.ds(word, bq, stride=tile.shape[0] // bq), :] for tile in words]
     rows = jnp.concatenate(rows, axis=1)
     if dtype.itemsize == 4:
-        return (pltpu.bitcast(rows, dtype),)
+        return (pltpu.bitcast(rows, jnp.float32),)
     halves = rows << 16, rows & jnp.uint32(0xFFFF0000)
-    return tuple(pltpu.bitcast(half, jnp.float32).astype(dtype) for half in halves)
+    return tuple(pltpu.bitcast(half, jnp.float32) for half in halves)
 
 
 def _word_tiles(tokens, words, part=0):
@@ -1223,7 +1224,8 @@ def _patch(call, b, item, block, slot):
 
 
 def _finish_item(call, b):
-    """Numerators and sums to the output, whose words hold two heads if it is 16 bits wide."""
+    """Numerators and sums to the output, whose words hold two heads if it is 16 bits wide: in pairs they are turned,
+    where they stand in columns."""
     heads_per_word = 4 // call.o_hbm.dtype.itemsize
     halves = []
     for head in range(call.num_q_heads):
@@ -1232,6 +1234,7 @@ def _finish_item(call, b):
         halves.append(pltpu.bitcast(out.astype(call.o_hbm.dtype).astype(jnp.float32), jnp.uint32))
         if len(halves) == heads_per_word or head + 1 == call.num_q_heads:
             words = halves[0] if heads_per_word == 1 else _odd_parts(halves[0], halves[-1])
+            words = words.T if b.sums.stands else words
             rows = pl.ds(head // heads_per_word, b.bq, stride=b.o_words.shape[1] // b.bq)
             for tile in range(b.o_words.shape[0]):
                 b.o_words.at[tile][rows, :] = words[:, tile * LANES : (tile + 1) * LANES]
@@ -1306,6 +1309,8 @@ class _Rows:
     The scores of one KV head are computed while those of the one before become weights.
     """
 
+    stands = False  # output() is [bq, D]
+
     bq: int
     q: Any  # [Hkv, g * bq, D]: the item's queries by KV head
     m: Any  # f32[Hkv, g * bq, 128]: running maximum of the scores, the same in every lane
@@ -1325,7 +1330,7 @@ class _Rows:
         return pltpu.VMEM((num_kv_heads, rows, head_dim), dtype), *sums, scores, scores, weights, weights
 
     def take(self, call, head, rows):
-        self.q[_of_head(call, self.bq, head)] = rows
+        self.q[_of_head(call, self.bq, head)] = rows.astype(self.q.dtype)
 
     def reset(self, call, head):
         at = _of_head(call, self.bq, head)
@@ -1389,8 +1394,10 @@ class _Columns:
     buffer, the next one has taken before it is written again.
     """
 
+    stands = True  # output() is [D, bq]
+
     bq: int
-    q: Any  # [Hkv, columns, D or 2 * D]: the item's queries by KV head, scaled and as a sum of two where 2 * D
+    q: Any  # [Hkv, 1 or 2, columns, D]: the item's queries by KV head; if 2, scaled and as a sum of two
     m: Any  # f32[Hkv, 1, columns]: running maximum of the scores
     acc: Any  # f32[Hkv, Dv + 8, columns]: running numerator; in each of 8 more rows, the sum of 2 ** (score - m)
     s: Any  # f32[…, segment, 256]: scores of a tile
@@ -1398,25 +1405,23 @@ class _Columns:
     p: Any  # […, segment, 256]: weights of a tile
     alpha: Any  # f32[…, 256]: factor of its numerator
     bias: Any  # f32[bkv, …]: what leaves an invisible key no weight; for some columns, which the others repeat
-    out: Any  # f32[2, columns, D]: the output of two KV heads
 
     @staticmethod
     def shapes(bq, num_kv_heads, rows, head_dim, value_dim, bkv, segment, dtype):
         f32 = functools.partial(pltpu.VMEM, dtype=jnp.float32)
         columns = _align(rows, LANES)
-        depth = head_dim * (2 if head_dim == LANES and dtype == jnp.bfloat16 else 1)
+        parts = 2 if head_dim == LANES and dtype == jnp.bfloat16 else 1
         tile, of_head = min(columns, TILE_COLUMNS), pl.cdiv(columns, TILE_COLUMNS)
         scores, weights = of_head, of_head
         if head_dim > LANES:  # the order that the compiler makes most of, and on TPU7x what its VMEM has room for
             scores, weights = (2 * of_head, of_head - 1) if _generation() == 6 else (of_head, of_head // 2)
             weights = max(weights, 1)
         return (
-            pltpu.VMEM((num_kv_heads, columns, depth), dtype),
+            pltpu.VMEM((num_kv_heads, parts, columns, head_dim), dtype),
             *(f32((num_kv_heads, 1, columns)), f32((num_kv_heads, value_dim + 8, columns))),
             *(f32((scores, segment, tile)), f32((scores, tile))),
             *(pltpu.VMEM((weights, segment, tile), dtype), f32((weights, tile))),
             f32((bkv, columns if bq % TILE_COLUMNS and TILE_COLUMNS % bq else min(max(bq, TILE_COLUMNS), columns))),
-            f32((2, columns, head_dim)),
         )
 
     @property
@@ -1425,18 +1430,15 @@ class _Columns:
 
     @property
     def _splits(self):
-        return self.q.shape[2] == 2 * self.out.shape[2]
+        return self.q.shape[1] == 2
 
     def take(self, call, head, rows):
-        at = _of_head(call, self.bq, head)
-        if not self._splits:
-            self.q[at] = rows
-            return
-        # The MXU multiplies both parts of a sum of two in the time of one: it would be half empty.
-        scaled = rows.astype(jnp.float32) * call.options.scale
-        high = scaled.astype(rows.dtype)
-        self.q[(*at, pl.ds(0, rows.shape[1]))] = high
-        self.q[(*at, pl.ds(rows.shape[1], rows.shape[1]))] = (scaled - high.astype(jnp.float32)).astype(rows.dtype)
+        head, columns = _of_head(call, self.bq, head)
+        if self._splits:
+            rows *= call.options.scale
+        self.q[head, 0, columns] = high = rows.astype(self.q.dtype)
+        if self._splits:  # the MXU multiplies both parts of a sum of two in the time of one: it would be half empty
+            self.q[head, 1, columns] = (rows - high.astype(jnp.float32)).astype(high.dtype)
 
     def reset(self, call, head):
         """All of a KV head, at its last query head."""
@@ -1455,14 +1457,12 @@ class _Columns:
                 self.m[head] = jnp.where(of_group == i, sink, self.m[head])
 
     def output(self, call, head):
-        head, i = divmod(head, call.group)
-        if i == 0:
-            value_dim = self._value_dim
-            out = _output(call, self.acc[head, :value_dim], self.acc[head, pl.ds(value_dim, 1)])
-            if value_dim < self.out.shape[2]:
-                out = jnp.concatenate([jnp.zeros_like(out), out])  # in lanes 64 to 127 of what is merged
-            self.out[head % 2] = out.T
-        return self.out[head % 2, pl.ds(i * self.bq, self.bq)]
+        value_dim = self._value_dim
+        head, columns = _of_head(call, self.bq, head)
+        out = _output(call, self.acc[head, :value_dim, columns], self.acc[head, pl.ds(value_dim, 1), columns])
+        if value_dim < self.q.shape[3]:
+            out = jnp.concatenate([jnp.zeros_like(out), out])  # in lanes 64 to 127 of what is merged
+        return out
 
     def add(self, call, keys, values, width, masked):
         columns = self.acc.shape[2]
@@ -1507,9 +1507,8 @@ class _Columns:
         return jnp.concatenate([values, jnp.ones((8, values.shape[1]), values.dtype)], axis=0)
 
     def _score(self, call, head, keys, start, width, tile, masked, step):
-        products = jax.lax.dot_general(
-            keys, self.q[head, tile], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-        )
+        q = jnp.concatenate([self.q[head, part, tile] for part in range(self.q.shape[1])], axis=1)
+        products = jax.lax.dot_general(keys, q, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
         s = call.scores(products, self._splits)
         if masked is not None:
             s += self.bias[pl.ds(start, width), pl.ds(tile.start % self.bias.shape[1], tile.size)]
