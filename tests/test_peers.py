@@ -101,3 +101,27 @@ def test_at_head_dim_64_keys_and_values_are_one_row_of_the_cache():
     assert (queries.shape, keys.shape, cache.shape) == ((2, 64, 64), (2, 8, 64), (128, 128, 4, 2, 128))
     with pytest.raises(NotImplementedError, match="no cache with keys and values beside each other"):
         module["kernel_fn"](queries, keys, keys, cache, None, None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("config", "known"),
+    [
+        ('{"sparse_core_config":{"offload":"OFFLOAD_DATA_FORMATTING"}}', True),
+        ('{"sparse_core_config":{"offload":"OFFLOAD_GATHER"}}', False),
+        ("{}", False),
+    ],
+)
+def test_only_a_transposition_on_the_sparse_core_is_left_out_of_a_peers_time(config, known):
+    hlo = f"""%sparse (p: bf16[8,8]) -> bf16[8,8] {{
+  %inner = ((bf16[8,8]), bf16[8,8], u32[]) call-start(%p), async_execution_thread="sparsecore", to_apply=%copy
+}}
+
+ENTRY %main (a: bf16[8,8]) -> bf16[8,8] {{
+  %a = bf16[8,8]{{1,0}} parameter(0)
+  %start = ((bf16[8,8]{{1,0}}, token[]), bf16[8,8]{{0,1}}) call-start(%a), to_apply=%sparse, backend_config={config}
+  ROOT %done = bf16[8,8]{{0,1}} call-done(%start)
+}}
+"""
+    assert peers.on_sparse_core(hlo) == known
+    nothing_asynchronous = "\n".join(line for line in hlo.splitlines() if "%start" not in line)
+    assert not peers.on_sparse_core(nothing_asynchronous)
