@@ -177,12 +177,17 @@ def test_constants_of_the_entry_are_known(tmp_path):
         ("s32[2]{0:T(128)} broadcast(%one), dimensions={}", [7, 7]),
         ("s32[2,2]{1,0:T(2,128)} broadcast(%one), dimensions={}", None),
         ("s32[2]{0:T(128)} broadcast(%long), dimensions={0}", None),
+        ("s32[7,1]{1,0:T(1,128)} reshape(%long)", [n for word in (9, 9, 3, 0, 5, 1, 9) for n in [word] + 127 * [0]]),
+        ("s32[1,7]{1,0:T(1,128)} reshape(%long)", [9, 9, 3, 0, 5, 1, 9] + 121 * [0]),
+        ("s32[1,7,1]{2,1,0:T(1,128)} reshape(%long)", None),
+        ("s32[7]{0:T(128)} reshape(%rows)", None),
     ],
 )
-def test_slices_and_broadcasts_of_known_scalars_are_known(last, expected):
+def test_slices_broadcasts_and_rows_of_known_scalars_are_known(last, expected):
     entry = f"""ENTRY %main () -> s32[4] {{
   %long = s32[7]{{0:T(128)}} constant({{9, 9, 3, 0, 5, 1, 9}})
   %one = s32[]{{:T(128)}} constant(7)
+  %rows = s32[1,7]{{1,0:T(1,128)}} reshape(%long)
   ROOT %last = {last}
 }}
 """
@@ -368,6 +373,20 @@ def test_scalars_of_more_dimensions_are_not_known(type_text):
     assert _in_memory(np.zeros((2, 3, 4), np.int32), type_text) is None
 
 
-@pytest.mark.parametrize("type_text", ["s32[200,2]{0,1:T(2,128)}", "s32[200,2]"])
-def test_scalars_of_wide_columns_or_no_layout_are_not_known(type_text):
+@pytest.mark.parametrize(
+    ("type_text", "transposed"), [("s32[20,300]{1,0:T(8,128)S(1)}", False), ("s32[300,20]{0,1:T(8,128)}", True)]
+)
+def test_long_rows_of_scalars_lie_in_tiles(type_text, transposed):
+    """So on each chip: a loop that runs as often as word [9, 200] says takes longer with that word alone."""
+    values = np.zeros((20, 300), np.int32)
+    values[0, 127], values[0, 128], values[9, 200], values[17, 299] = 1, 2, 3, 4
+    words = _in_memory(values.T if transposed else values, type_text)
+    # Three rows of three tiles of 8 x 128 words.
+    places = {127: 1, 1024: 2, (3 + 1) * 1024 + 128 + 72: 3, (6 + 2) * 1024 + 128 + 43: 4}
+    assert words.size == 9 * 1024
+    assert {int(place): int(words[place]) for place in np.flatnonzero(words)} == places
+
+
+@pytest.mark.parametrize("type_text", ["s32[200,2]{0,1}", "s32[200,2]", "s32[200,2]{0,1:T(2,64)}"])
+def test_scalars_of_wide_columns_without_tiles_of_128_are_not_known(type_text):
     assert _in_memory(np.zeros((200, 2), np.int32), type_text) is None

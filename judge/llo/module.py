@@ -316,17 +316,22 @@ def _words(by_name: dict[str, Op], name: str, integers: dict[int, np.ndarray]) -
             return _in_memory(integers.get(int(number[1])), op.type) if number else None
         if op.opcode == "constant":
             return _constant(op)
-        if op.opcode in ("broadcast", "slice"):
-            return _rearranged(op, _words(by_name, op.operands[0], integers))
+        if op.opcode in ("broadcast", "slice", "reshape"):
+            return _rearranged(op, by_name.get(op.operands[0]), _words(by_name, op.operands[0], integers))
         if op.opcode not in _PASSES_VALUES or not op.operands or not _keeps_order(op, by_name.get(op.operands[0])):
             return None
         name = op.operands[0]
 
 
-def _rearranged(op: Op, words: np.ndarray | None) -> np.ndarray | None:
-    """A scalar broadcast to one dimension, or a contiguous slice of one dimension."""
-    shape = re.match(r"[su]32\[(\d+)\]", op.type)
-    if words is None or shape is None:
+def _rearranged(op: Op, source: Op | None, words: np.ndarray | None) -> np.ndarray | None:
+    """A scalar broadcast to one dimension, a contiguous slice of one dimension, or one dimension as rows of two."""
+    shape = re.match(r"[su]32\[(\d+)(?:,(\d+))?\]", op.type)
+    if words is None or source is None or shape is None:
+        return None
+    if op.opcode == "reshape":
+        flat = re.match(r"[su]32\[\d+\]", source.type)
+        return _in_memory(words.reshape(int(shape[1]), int(shape[2])), op.type) if flat and shape[2] else None
+    if shape[2]:
         return None
     if op.opcode == "broadcast":
         return np.repeat(words, int(shape[1])) if words.size == 1 else None
@@ -355,17 +360,19 @@ def _constant(op: Op) -> np.ndarray | None:
 
 
 def _in_memory(values: Any, type_text: str) -> np.ndarray | None:
-    """One dimension lies flat; of two, the minor one, which may be the first, is padded to 128 words.
+    """One dimension lies flat; two lie in tiles, of which the minor dimension, which may be the first, has 128 words.
 
-    `type_text`: the parameter's type with its layout. Others, none at all, and other widths are not known.
+    `type_text`: the type with its layout. Other layouts, more dimensions, none at all and other widths are not known.
     """
     shape = _SHAPE.match(type_text)
     if values is None or values.dtype not in (np.int32, np.uint32) or shape is None:
         return None
     if values.ndim <= 1:
         return np.atleast_1d(values).view(np.int32)
-    minor_to_major = (shape[3] or "").split(":", 1)[0]
-    rows = {"1,0": values, "0,1": values.T}.get(minor_to_major) if values.ndim == 2 else None
-    if rows is None or rows.shape[1] > 128:
+    layout = re.fullmatch(r"([01],[01])(?::(?:T\((\d+),128\))?(?:S\(\d\))?)?", shape[3] or "")
+    rows = {"1,0": values, "0,1": values.T}.get(layout[1]) if layout and values.ndim == 2 else None
+    if layout is None or rows is None or (layout[2] is None and rows.shape[1] > 128):
         return None
-    return np.pad(rows, ((0, 0), (0, 128 - rows.shape[1]))).view(np.int32).reshape(-1)
+    tile = int(layout[2] or 1)
+    padded = np.pad(rows, ((0, -rows.shape[0] % tile), (0, -rows.shape[1] % 128))).view(np.int32)
+    return padded.reshape(-1, tile, padded.shape[1] // 128, 128).transpose(0, 2, 1, 3).reshape(-1)
