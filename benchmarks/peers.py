@@ -106,14 +106,18 @@ def cell(verdict: pipeline.Verdict) -> str:
     if verdict.total is None:
         reason = re.sub(r"^workload \w+: |\S*-final_bundles.txt: ", "", " ".join(verdict.reason.split()))
         return f"{verdict.status}: {reason[:120]}"
-    ((name, figures),) = verdict.workloads.items()
-    bound = "at least " if AT_LEAST in verdict.facts[name] else ""
-    return f"{bound}{figures.latency_ms:9.4f} ms  MBU {figures.mbu_pct:5.1f} %  MFU {figures.mfu_pct:5.1f} %"
+    (figures,) = verdict.workloads.values()
+    line = f"{figures.latency_ms:9.4f} ms  MBU {figures.mbu_pct:5.1f} %  MFU {figures.mfu_pct:5.1f} %"
+    return "at least " + line if is_bound(verdict) else line
+
+
+def is_bound(verdict: pipeline.Verdict) -> bool:
+    return any(AT_LEAST in facts for facts in verdict.facts.values())
 
 
 def row(shape: Shape, chip: str, names: list[str], folder: Path | None) -> float | None:
-    """Judges the kernels on one shape, prints a line each; returns the ratio of the better peer's time to ours."""
-    times: dict[str, float] = {}
+    """Judges the kernels on one shape, prints a line each; prints and returns the better peer's time over ours."""
+    ours, peers = None, []
     base = problem(shape)
     for name in names:
         text = f"{base}\nNEEDS = ()\n" if name == OURS else with_peer(base, name)
@@ -125,10 +129,18 @@ def row(shape: Shape, chip: str, names: list[str], folder: Path | None) -> float
             verdict = judged(text.replace(OWN_SIZES, "SMALLER = 2"), name, chip, base)
         print(f"{chip:6} {shape.name:28} {name:8} {cell(verdict)}", flush=True)
         figures: Figures | None = next(iter(verdict.workloads.values()), None)
-        if figures is not None and figures.latency_ms is not None:
-            times[name] = figures.latency_ms
-    peers = [time for name, time in times.items() if name != OURS]
-    return min(peers) / times[OURS] if peers and OURS in times else None
+        if figures is None or figures.latency_ms is None:
+            continue
+        if name == OURS:
+            ours = figures.latency_ms
+        else:
+            peers.append((figures.latency_ms, is_bound(verdict)))
+    if ours is None or not peers:
+        return None
+    better, bound = min(peers)
+    says = f"ours is {'at least ' if bound else ''}{better / ours:.2f} times as fast as the better peer"
+    print(f"{chip:6} {shape.name:28} {says}", flush=True)
+    return better / ours
 
 
 def main() -> int:
@@ -148,7 +160,6 @@ def main() -> int:
             ratio = row(shape, chip, options.kernel or list(NAMES), options.write)
             if ratio is not None:
                 ratios.append(ratio)
-                print(f"{chip:6} {shape.name:28} ours is {ratio:.2f} times as fast as the better peer", flush=True)
         if ratios:
             mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
             print(f"{chip}: geometric mean {mean:.2f} over {len(ratios)} shapes, least {min(ratios):.2f}")

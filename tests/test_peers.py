@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from judge import contract, policy
+from judge import contract, pipeline, policy, roofline
 from judge.chips import CHIPS, load_chip
 from kernels import tables
 from kernels.peers import worker
@@ -125,3 +125,37 @@ ENTRY %main (a: bf16[8,8]) -> bf16[8,8] {{
     assert peers.on_sparse_core(hlo) == known
     nothing_asynchronous = "\n".join(line for line in hlo.splitlines() if "%start" not in line)
     assert not peers.on_sparse_core(nothing_asynchronous)
+
+
+@pytest.mark.parametrize(
+    ("times", "told"),
+    [
+        ({"ours": (1.0, False), "rpa_v3": (3.0, False), "jax_rpa": (2.0, True)}, "at least 2.00 times"),
+        ({"ours": (2.0, False), "rpa_v3": (3.0, False), "jax_rpa": (4.0, True)}, "ours is 1.50 times"),
+        ({"ours": (2.0, False), "rpa_v3": (3.0, True), "jax_rpa": (None, False)}, "at least 1.50 times"),
+        ({"ours": (None, False), "rpa_v3": (3.0, False), "jax_rpa": (3.0, False)}, None),
+    ],
+)
+def test_the_ratio_is_to_the_better_peer_and_a_bound_where_its_time_is_one(times, told, monkeypatch, capsys):
+    def judged(text, name, chip, base):
+        latency_ms, bound = times[name]
+        verdict = pipeline.Verdict(status="PASS", mode="model", chip=chip)
+        verdict.facts["prefill"] = {peers.AT_LEAST: 1} if bound else {}
+        if latency_ms is not None:
+            figures = roofline.figures(
+                seconds=latency_ms / 1e3,
+                flops=1e6,
+                compulsory_bytes=1e3,
+                moved_bytes=1e3,
+                peak_flops=1e12,
+                chip=load_chip(chip),
+            )
+            verdict.total, verdict.workloads["prefill"] = figures, figures
+        return verdict
+
+    monkeypatch.setattr(peers, "judged", judged)
+    ratio = peers.row(PREFILL, "v5e", list(peers.NAMES), None)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(times) + (told is not None)
+    assert told is None if ratio is None else told in lines[-1] and f"{ratio:.2f}" in told
+    assert sum("at least" in line for line in lines[: len(times)]) == sum(bound for _, bound in times.values())
