@@ -38,13 +38,14 @@ CHUNK = 8  # rows a copy
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One kernel; `copies` are those of HBM data, each of `CHUNK` rows, besides the prefetch of the scalars."""
+    """One kernel; its bytes are those of the chunks of `CHUNK` rows, the scalars come on top."""
 
     build: Callable[[], Callable[..., Any]]
     shapes: tuple[tuple[tuple[int, ...], str], ...]
     scalars: dict[int, np.ndarray] = field(default_factory=dict)
     read_bytes: int
     written_bytes: int
+    scalar_bytes: int = 0  # at most: what fetching them, and rearranging them before, reads and writes
 
 
 def collatz_steps(n: int) -> int:
@@ -162,6 +163,24 @@ def table_2d() -> Callable[..., Any]:
             fetch(i)
 
     return _looped("table_2d", 1, body)
+
+
+def table_tiled() -> Callable[..., Any]:
+    """Rows of more words than a tile has lanes."""
+    from jax.experimental import pallas as pl
+
+    def body(table: Any, fetch: Any) -> None:
+        @pl.loop(0, table[9, 130] + table[17, 5])
+        def _(i: Any) -> None:
+            fetch(i)
+
+    return _looped("table_tiled", 1, body)
+
+
+def table_of_flat() -> Callable[..., Any]:
+    """The same where the program gets one dimension, of which XLA makes the rows."""
+    kernel = table_tiled()
+    return lambda flat, x: kernel(flat.reshape(_WIDE_TABLE.shape), x)
 
 
 def semaphores() -> Callable[..., Any]:
@@ -369,11 +388,14 @@ def xla_around() -> Any:
 _BOUNDS = np.array([3, 0, 5, 1], np.int32)
 _KINDS = np.array([0, 3, 1, 2, 2, 0, 1, 3, 3, 1], np.int32)
 _TABLE = np.array([[3, 1, 4], [1, 5, 9], [2, 6, 5], [3, 5, 8]], np.int32)
+_WIDE_TABLE = np.add.outer(np.arange(20), np.arange(140)).astype(np.int32) % 8
+_WIDE_TABLE[9, 130], _WIDE_TABLE[17, 5] = 19, 11  # no other two of it give as much
+_TILED_BYTES = 24 * 256 * 4  # the wide table in tiles of 8 rows and 128 words
 _X = ((ROWS, 512), "float32")
 _CHUNK_BYTES = CHUNK * ROW_BYTES
 
 
-def _counted(build: Any, scalars: Any, fetches: int) -> Case:
+def _counted(build: Any, scalars: Any, fetches: int, scalar_bytes: int = 2048) -> Case:
     shapes = ((tuple(scalars.shape), "int32"), _X)
     return Case(
         build=build,
@@ -381,6 +403,7 @@ def _counted(build: Any, scalars: Any, fetches: int) -> Case:
         scalars={0: scalars},
         read_bytes=fetches * _CHUNK_BYTES,
         written_bytes=_CHUNK_BYTES,
+        scalar_bytes=scalar_bytes,
     )
 
 
@@ -389,6 +412,8 @@ GOLDEN = {
     "conditions": _counted(conditions, _KINDS, sum((1, 0, 2, 3)[k] for k in _KINDS)),
     "division": _counted(division, np.array([100, 7, 13, 5], np.int32), 100 // 7 + 100 % 7 + 13 // 5 + 13 % 5),
     "table_2d": _counted(table_2d, _TABLE, int(_TABLE[3, 2] + _TABLE[1, 1])),
+    "table_tiled": _counted(table_tiled, _WIDE_TABLE, 19 + 11, _TILED_BYTES),
+    "table_of_flat": _counted(table_of_flat, _WIDE_TABLE.reshape(-1), 19 + 11, 3 * _TILED_BYTES),
     "semaphores": Case(build=semaphores, shapes=(_X,), read_bytes=_CHUNK_BYTES, written_bytes=_CHUNK_BYTES),
     "double_buffer": Case(build=double_buffer, shapes=(_X,), read_bytes=16 * _CHUNK_BYTES, written_bytes=_CHUNK_BYTES),
 }
