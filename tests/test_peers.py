@@ -107,25 +107,36 @@ def test_at_head_dim_64_keys_and_values_are_one_row_of_the_cache():
 
 @pytest.mark.parametrize(("own", "pages"), [(128, 32), (16, 16)])
 @pytest.mark.parametrize(("kv_dtype", "scale"), [("bfloat16", None), ("float8_e4m3fn", 1.0)])
-def test_jaxs_kernel_has_its_own_block_sizes_up_to_a_bound(own, pages, kv_dtype, scale, monkeypatch):
+def test_jaxs_kernel_has_its_packages_block_sizes_up_to_a_bound(own, pages, kv_dtype, scale, monkeypatch):
     heads = {"num_q_heads": 8, "num_kv_heads": 4, "page_size": 64, "kv_dtype": kv_dtype}
-    module = defined(peers.Shape(name="s", batch="decode", context=8192, num_seqs=2, **heads))
+    module = defined(peers.Shape(name="s", batch="prefill", context=8192, num_seqs=1, **heads))
     asked, given = [], {}
 
     def kernel(queries, cache, kv_lens, page_indices, *_, **options):
         given.update(options, cache=cache.shape, page_indices=page_indices.shape)
         return queries
 
-    module["get_tuned_block_sizes"] = lambda *problem: asked.append(problem) or (own, 32)
+    def chosen(*problem):
+        asked.append(problem)
+        return own, 32
+
+    tuned = {  # the new tokens are of the second: its heads and pages, and more tokens than the first has
+        ("bfloat16", "bfloat16", 8, 4, 128, 64, 2048, 1024): (16, 16),
+        ("bfloat16", "bfloat16", 8, 4, 128, 64, 4096, 512): (8, 48),
+        ("bfloat16", "bfloat16", 8, 4, 128, 128, 8192, 8192): (4, 64),
+        ("bfloat16", "bfloat16", 32, 8, 128, 64, 8192, 8192): (4, 128),
+    }
+    package = {"get_tuned_block_sizes": chosen, "TUNED_BLOCK_SIZES": {"TPU v6": tuned}}
+    module["tuned_block_sizes"] = SimpleNamespace(get_device_name=lambda: "TPU7x", **package)
     module["jax_rpa"] = kernel
     monkeypatch.setattr(tpu, "get_tpu_info", lambda: SimpleNamespace(vmem_capacity_bytes=16 << 20))
-    inputs = module["generate_inputs"](jax.random.key(0), **module["WORKLOADS"]["decode"])
+    inputs = module["generate_inputs"](jax.random.key(0), **module["WORKLOADS"]["prefill"])
     out, cache = jax.eval_shape(module["kernel_fn"], *inputs)
     assert (out.shape, cache.shape) == (inputs[0].shape, inputs[3].shape)
-    assert asked == [("bfloat16", kv_dtype, 8, 4, 128, 64, 2, 128)]
-    assert (given["num_kv_pages_per_block"], given["num_queries_per_block"]) == (pages, 32)
+    assert asked == [("bfloat16", kv_dtype, 8, 4, 128, 64, 8192, 128)]
+    assert (given["num_kv_pages_per_block"], given["num_queries_per_block"]) == (pages, 48)
     assert (given["k_scale"], given["v_scale"]) == (scale, scale)
-    assert (given["cache"], given["page_indices"]) == ((2 * 128, 64, 8, 128), (2, 128))
+    assert (given["cache"], given["page_indices"]) == ((128, 64, 8, 128), (1, 128))
 
 
 @pytest.mark.parametrize(
